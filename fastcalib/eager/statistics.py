@@ -1,0 +1,99 @@
+"""Reference row statistics (spec, section 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.types import TokenStatistics
+from .ranks import ranks as eager_ranks
+from .softmax import shifted
+
+
+def statistics(
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor | None = None,
+    index_rows: Tensor | None = None,
+    *,
+    ranks: bool = False,
+    ignore_index: int = -100,
+    skipped: Tensor | None = None,
+) -> TokenStatistics:
+    """All fields of :class:`TokenStatistics` for logits (N, V), temperature (1 or N, K), index and index_rows (nnz,).
+
+    Fields over temperatures come out (N, K), selected tokens (nnz, K), counts (nnz,). Rows in ``skipped`` (N,) are 0.
+    """
+    y, masked, dead, m = shifted(logits)
+    dtype = y.dtype
+    z = logits.to(dtype)
+    keep = skipped if skipped is not None else torch.zeros_like(dead)
+    undefined = dead | ~m.isfinite()
+    ids, ignored = None, None
+    if index is not None:
+        assert index_rows is not None
+        ignored = index == ignore_index
+        ids = torch.where(ignored, 0, index)
+        y_selected = y[index_rows, ids]
+
+    columns: dict[str, list[Tensor]] = {
+        name: [] for name in ("logsumexp", "entropy", "max_prob", "collision", "mean_logit", "var_logit", "log_prob")
+    }
+    y_top = y.gather(-1, z.detach().nan_to_num(0.0).argmax(-1, keepdim=True)).squeeze(-1)
+    for k in range(temperature.shape[1]):
+        b = (1.0 / temperature[:, k]).to(dtype).expand(y.shape[0])
+        e = torch.where(masked, 0.0, (y * b[:, None]).exp())
+        s0 = torch.where(dead, 1.0, e.sum(-1))
+        log_s0 = s0.log()
+        p = e / s0[:, None]
+        y1 = (p * y).sum(-1)
+        values = {
+            "logsumexp": b * m + log_s0,
+            "entropy": log_s0 - b * y1,
+            "max_prob": (b * y_top - log_s0).exp(),
+            "collision": (p * p).sum(-1),
+            "mean_logit": m + y1,
+            "var_logit": (p * (y - y1[:, None]) ** 2).sum(-1),
+        }
+        for name, value in values.items():
+            value = torch.where(dead, torch.nan, value)
+            columns[name].append(torch.where(keep, 0.0, value))
+        if ids is not None:
+            assert index_rows is not None and ignored is not None
+            value = b[index_rows] * y_selected - log_s0[index_rows]
+            value = torch.where(masked[index_rows, ids], value - torch.inf, value)
+            value = torch.where(dead[index_rows], torch.nan, value)
+            columns["log_prob"].append(torch.where(ignored, 0.0, value))
+
+    finite = ~masked
+    n = finite.sum(-1)
+    total = torch.where(masked, 0.0, z).sum(-1)
+    mean = total / n.clamp(min=1)
+    spread = torch.where(masked, 0.0, (z - mean[:, None]) ** 2).sum(-1) / (n - 1).clamp(min=1)
+    std = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).sqrt(), spread)
+    total = torch.where(masked.any(-1), -torch.inf, total)
+    total, std = (torch.where(undefined, torch.nan, x) for x in (total, std))
+
+    counts = None
+    if ranks:
+        assert ids is not None and index_rows is not None and ignored is not None
+        counts = eager_ranks(logits, z[index_rows, ids].detach(), index_rows, temperature, selected=True)
+        assert counts.mass_greater is not None
+        counts = (
+            torch.where(ignored, 0, counts.n_greater),
+            torch.where(ignored, 0, counts.n_equal),
+            torch.where(ignored[:, None], 0.0, counts.mass_greater),
+        )
+    stacked = {name: torch.stack(parts, -1) for name, parts in columns.items() if parts}
+    top = torch.where(undefined, -1, z.detach().nan_to_num(0.0, neginf=-torch.inf).argmax(-1))
+    return TokenStatistics(
+        **{name: stacked[name] for name in columns if name != "log_prob"},
+        argmax=torch.where(keep, -1, top),
+        sum_logits=torch.where(keep, 0.0, total),
+        std_logits=torch.where(keep, 0.0, std),
+        max_logit=torch.where(keep, 0.0, torch.where(undefined, torch.nan, m)),
+        log_prob=stacked.get("log_prob"),
+        n_greater=counts[0] if counts else None,
+        n_equal=counts[1] if counts else None,
+        mass_greater=counts[2] if counts else None,
+    )

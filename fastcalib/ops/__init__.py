@@ -1,0 +1,8 @@
+"""The operations: schema, checks, autograd and dispatch. The only callers of kernels."""
+
+from .ranks import ranks
+from .softmax import log_softmax, softmax
+from .statistics import statistics
+from .types import TokenRanks, TokenStatistics
+
+__all__ = ["TokenRanks", "TokenStatistics", "log_softmax", "ranks", "softmax", "statistics"]

@@ -1,0 +1,194 @@
+"""Checks at the door, and the normal form that kernels and references take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..valid_sets import ValidSets
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# dtype codes shared with csrc/bindings.cpp
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+Temperature = float | Sequence[float] | Tensor
+
+
+def check_logits(logits: Tensor, vocab_size: int | None) -> int:
+    """Validate logits (*, V) and return the number of real columns."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
+    if type(logits).__name__ == "DTensor":
+        raise TypeError(
+            "logits is a DTensor: fastcalib reads raw memory and has no sharding rule yet. "
+            "Call .full_tensor() first, or .to_local() when every rank holds whole rows"
+        )
+    if logits.dtype not in FLOATING:
+        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape (*, V) with V >= 1, got {tuple(logits.shape)}")
+    width = logits.shape[-1]
+    if vocab_size is None:
+        return width
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
+    if not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must lie in [1, {width}] for logits with {width} columns, got {vocab_size}")
+    return vocab_size
+
+
+def _check_number(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a number, a sequence of numbers or a tensor, got {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+    return float(value)
+
+
+def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Tensor, bool]:
+    """Temperature as float64 (1 or N, K), and whether results carry an axis of K."""
+    leading = logits.shape[:-1]
+    if isinstance(temperature, Tensor):
+        if not temperature.dtype.is_floating_point:
+            raise TypeError(f"a temperature tensor must be floating point, got {temperature.dtype}")
+        if temperature.device.type == "cpu" and logits.device.type != "cpu" and temperature.dim() > 0:
+            raise ValueError(f"temperature is on the CPU, the logits are on {logits.device}")
+        if not torch.compiler.is_compiling() and temperature.device.type == "cpu" and not _is_fake(temperature):
+            bad = ~((temperature > 0) & temperature.isfinite())
+            if bad.any():
+                position = tuple(bad.nonzero()[0].tolist())
+                where = f"temperature{list(position)}" if position else "temperature"
+                raise ValueError(f"{where} must be positive and finite, got {float(temperature[position].detach())}")
+        flat = temperature.to(torch.float64)
+        if flat.dim() == 0 or flat.numel() == 1 and flat.dim() <= len(leading):
+            return flat.reshape(1, 1), False
+        try:
+            flat = flat.expand(leading)
+        except RuntimeError:
+            raise ValueError(
+                f"a temperature tensor must broadcast to the leading dimensions {tuple(leading)} of the logits, got shape "
+                f"{tuple(temperature.shape)}; pass a list of numbers for several temperatures per row"
+            ) from None
+        return flat.reshape(-1, 1), False
+    if isinstance(temperature, Sequence) and not isinstance(temperature, str):
+        values = [_check_number(t) for t in temperature]
+        if not values:
+            raise ValueError("temperature is an empty sequence; pass at least one number")
+        return torch.tensor([values], dtype=torch.float64, device=logits.device), True
+    return torch.tensor([[_check_number(temperature)]], dtype=torch.float64, device=logits.device), False
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Selected tokens, flat: ids (nnz,), and either M per row or the ragged offsets (N + 1,)."""
+
+    ids: Tensor
+    per_row: int
+    offsets: Tensor | None
+    shape: tuple[int, ...]
+
+    def rows(self, n_rows: int) -> Tensor:
+        """Row of each selected token, (nnz,)."""
+        each = torch.arange(n_rows, device=self.ids.device)
+        if self.offsets is None:
+            return each.repeat_interleave(self.per_row)
+        return each.repeat_interleave(self.offsets.diff(), output_size=self.ids.shape[0])
+
+
+def normalise_index(index: Tensor | ValidSets, logits: Tensor, name: str = "index") -> Index:
+    """Flatten an index of shape (*), (*, M) or a ValidSets over the rows of the logits."""
+    leading = tuple(logits.shape[:-1])
+    n_rows = logits.shape[:-1].numel()
+    if isinstance(index, ValidSets):
+        if len(index) != n_rows:
+            raise ValueError(f"{name} holds {len(index)} sets for {n_rows} rows of logits {tuple(logits.shape)}")
+        return Index(index.values, 0, index.offsets, (index.values.shape[0],))
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be a tensor or a ValidSets, got {type(index).__name__}")
+    if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name} must hold integers (token ids), got {index.dtype}")
+    if index.device != logits.device:
+        raise ValueError(f"{name} is on {index.device}, the logits are on {logits.device}")
+    shape = tuple(index.shape)
+    if shape == leading:
+        per_row = 1
+    elif shape[:-1] == leading and index.dim() == logits.dim():
+        per_row = index.shape[-1]
+    else:
+        raise ValueError(
+            f"{name} must have shape {leading} (one token a row) or {(*leading, 'M')} for logits of shape "
+            f"{tuple(logits.shape)}, got {shape}"
+        )
+    return Index(index.reshape(-1).to(torch.int64), per_row, None, shape)
+
+
+def raise_bad_id(ids: Tensor, position: int, vocab_size: int, index: Index | None = None) -> None:
+    """The error for a token id outside [0, vocab_size); ``position`` counts in the flat ids."""
+    where = f"[{position}]"
+    if index is not None and index.offsets is None and len(index.shape) != 1:
+        where = str([int(i) for i in torch.unravel_index(torch.tensor(position), index.shape)])
+    raise ValueError(
+        f"index{where} is {int(ids[position])}, outside [0, {vocab_size}): token ids must be smaller than vocab_size "
+        "(or equal to ignore_index)"
+    )
+
+
+def check_ids_eager(ids: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """The check that the C++ kernels do while they gather, for the reference. Only where it costs no device sync."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(ids):
+        return
+    bad = ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
+    if bad.any():
+        raise_bad_id(ids, int(bad.nonzero()[0]), vocab_size)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Address of row r: (r // inner) * outer_stride + (r % inner) * inner_stride, in elements; columns are adjacent."""
+
+    tensor: Tensor
+    n_rows: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+    def args(self) -> tuple[int, int, int, int, int, int]:
+        """pointer, dtype code, rows, inner, outer stride, inner stride: how csrc/bindings.cpp takes a matrix."""
+        t = self.tensor
+        return t.data_ptr(), DTYPE_CODE[t.dtype], self.n_rows, self.inner, self.outer_stride, self.inner_stride
+
+
+def row_layout(logits: Tensor) -> RowLayout:
+    """Rows of (*, V) without a copy wherever two strides describe them: slices, shifts, expands; else one copy."""
+    shape, strides = logits.shape, logits.stride()
+    n_rows = shape[:-1].numel()
+    if strides[-1] != 1 and shape[-1] > 1:
+        logits = logits.contiguous()
+        strides = logits.stride()
+    # Fuse neighbouring leading dimensions that advance by a common step.
+    fused: list[tuple[int, int]] = []
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
+        if size == 1:
+            continue
+        if fused and fused[-1][1] == size * stride:
+            fused[-1] = (fused[-1][0] * size, stride)
+        else:
+            fused.append((size, stride))
+    if len(fused) > 2:
+        logits = logits.contiguous()
+        fused = [(n_rows, shape[-1])]
+    if not fused:
+        fused = [(1, 0)]
+    if len(fused) == 1:
+        return RowLayout(logits, n_rows, max(n_rows, 1), 0, fused[0][1])
+    return RowLayout(logits, n_rows, fused[1][0], fused[0][1], fused[1][1])

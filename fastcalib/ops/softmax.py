@@ -1,0 +1,158 @@
+"""``softmax`` and ``log_softmax`` with a temperature, one for all rows or one each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import eager
+from ..backends import extension, resolve
+from ._arguments import Temperature, check_logits, normalise_temperature, row_layout
+from ._library import LIBRARY
+
+LIBRARY.define("softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log) -> Tensor")
+LIBRARY.define(
+    "softmax_backward(Tensor grad, Tensor output, Tensor temperature, SymInt vocab_size, bool log, bool temperature_grad) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def _forward_cpu(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    layout, temperature = row_layout(logits), temperature.contiguous()
+    extension().softmax_forward(
+        *layout.args(),
+        vocab_size,
+        logits.shape[-1],
+        temperature.data_ptr(),
+        temperature.shape[0],
+        out.data_ptr(),
+        log,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _backward_cpu(
+    grad: Tensor, output: Tensor, temperature: Tensor, vocab_size: int, log: bool, temperature_grad: bool
+) -> tuple[Tensor, Tensor]:
+    layout, temperature = row_layout(grad), temperature.contiguous()
+    output = output.contiguous()
+    grad_logits = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    per_row = torch.zeros(layout.n_rows if temperature_grad else 0, dtype=torch.float64, device=grad.device)
+    extension().softmax_backward(
+        *layout.args(),
+        vocab_size,
+        grad.shape[-1],
+        output.data_ptr(),
+        temperature.data_ptr(),
+        temperature.shape[0],
+        grad_logits.data_ptr(),
+        per_row.data_ptr() if temperature_grad else 0,
+        log,
+        torch.get_num_threads(),
+    )
+    return grad_logits, per_row
+
+
+def _forward_fake(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _backward_fake(
+    grad: Tensor, output: Tensor, temperature: Tensor, vocab_size: int, log: bool, temperature_grad: bool
+) -> tuple[Tensor, Tensor]:
+    n_rows = grad.shape[:-1].numel() if temperature_grad else 0
+    return (
+        torch.empty(grad.shape, dtype=grad.dtype, device=grad.device),
+        torch.empty(n_rows, dtype=torch.float64, device=grad.device),
+    )
+
+
+def _setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+    _, temperature, vocab_size, log = inputs
+    ctx.save_for_backward(output, temperature)  # type: ignore[attr-defined]
+    ctx.constants = (vocab_size, log)  # type: ignore[attr-defined]
+
+
+def _autograd(ctx: object, grad: Tensor) -> tuple:
+    output, temperature = ctx.saved_tensors  # type: ignore[attr-defined]
+    vocab_size, log = ctx.constants  # type: ignore[attr-defined]
+    needs_logits, needs_temperature = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    grad_logits, per_row = torch.ops.fastcalib.softmax_backward(
+        grad, output, temperature, vocab_size, log, needs_temperature
+    )
+    grad_temperature = None
+    if needs_temperature:
+        grad_temperature = per_row[:, None]
+        if temperature.shape[0] != grad_temperature.shape[0]:
+            grad_temperature = grad_temperature.sum(0, keepdim=True)
+    return grad_logits if needs_logits else None, grad_temperature, None, None
+
+
+LIBRARY.impl("softmax", _forward_cpu, "CPU")
+LIBRARY.impl("softmax_backward", _backward_cpu, "CPU")
+torch.library.register_fake("fastcalib::softmax", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fastcalib::softmax_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("fastcalib::softmax", _autograd, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _call(logits: Tensor, temperature: float | Tensor, vocab_size: int | None, backend: str, log: bool) -> Tensor:
+    width = check_logits(logits, vocab_size)
+    if not isinstance(temperature, (int, float, Tensor)):
+        raise TypeError(
+            f"temperature must be a number or a tensor over the leading dimensions, got {type(temperature).__name__}; "
+            "a dense softmax takes one temperature a row (statistics takes several)"
+        )
+    temperatures, _ = normalise_temperature(temperature, logits)
+    if resolve(backend, logits.device) != "eager":
+        return torch.ops.fastcalib.softmax(logits, temperatures, width, log)
+    flat = logits[..., :width].reshape(-1, width)
+    out = (eager.log_softmax if log else eager.softmax)(flat, temperatures)
+    out = out.reshape(*logits.shape[:-1], width)
+    padding = logits.shape[-1] - width
+    return torch.nn.functional.pad(out, (0, padding), value=-torch.inf if log else 0.0) if padding else out
+
+
+def softmax(
+    logits: Tensor, temperature: float | Tensor = 1.0, *, vocab_size: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """softmax(logits / temperature) over the last dimension.
+
+    Args:
+        logits: (*, V), float32, bfloat16, float16 or float64.
+        temperature: a number, or a tensor that broadcasts to the leading dimensions (one temperature a row).
+        vocab_size: columns from here on are padding: probability 0, gradient 0.
+        backend: "auto", "eager" or "cpp".
+
+    Returns:
+        (*, V) in the dtype of the logits, computed in float32 (float64 for float64). Differentiable in the logits and in a
+        temperature tensor. Masked tokens (-inf) are exactly 0; probabilities below 1.2e-38 are flushed to 0; a row that is
+        -inf throughout is NaN with gradient 0.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastcalib.statistics`.
+
+    Source: temperature scaling, Guo et al. 2017 (arXiv 1706.04599).
+
+    Example:
+        >>> import torch, fastcalib
+        >>> fastcalib.softmax(torch.tensor([0.0, 1.0, -torch.inf]), temperature=0.5)
+        tensor([0.1192, 0.8808, 0.0000])
+    """
+    return _call(logits, temperature, vocab_size, backend, log=False)
+
+
+def log_softmax(
+    logits: Tensor, temperature: float | Tensor = 1.0, *, vocab_size: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """log softmax(logits / temperature) in nats; arguments, edge cases and errors of :func:`softmax`.
+
+    Masked tokens and padding are -inf with gradient exactly 0.
+
+    Example:
+        >>> import torch, fastcalib
+        >>> fastcalib.log_softmax(torch.tensor([0.0, 1.0]), temperature=0.5)
+        tensor([-2.1269, -0.1269])
+    """
+    return _call(logits, temperature, vocab_size, backend, log=True)

@@ -1,0 +1,146 @@
+"""Ragged sets of token ids, one set per row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ValidSets:
+    """N sets of token ids in compressed sparse row form (fastcalib spec, section 3).
+
+    Row ``i`` holds ``values[offsets[i]:offsets[i + 1]]``. Order is kept; an empty set is allowed.
+
+    Args:
+        values: int64 or int32, (nnz,): the token ids.
+        offsets: int64, (N + 1,): starts at 0, never decreases, ends at nnz.
+
+    Raises:
+        TypeError: values or offsets of the wrong dtype.
+        ValueError: offsets that do not describe the values, a negative id, or an id twice in one set.
+
+    Example:
+        >>> sets = ValidSets.from_lists([[3, 1], [], [7]])
+        >>> len(sets), sets.to_lists()
+        (3, [[3, 1], [], [7]])
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    def __post_init__(self) -> None:
+        values, offsets = self.values, self.offsets
+        for name, tensor in (("values", values), ("offsets", offsets)):
+            if tensor.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"ValidSets: {name} must be int64 or int32, got {tensor.dtype}")
+            if tensor.dim() != 1:
+                raise ValueError(f"ValidSets: {name} must have one dimension, got shape {tuple(tensor.shape)}")
+        object.__setattr__(self, "values", values.to(torch.int64).contiguous())
+        object.__setattr__(self, "offsets", offsets.to(torch.int64).contiguous())
+        offsets = self.offsets
+        if offsets.numel() == 0 or offsets[0] != 0 or offsets[-1] != values.numel() or (offsets.diff() < 0).any():
+            raise ValueError(
+                f"ValidSets: offsets must start at 0, never decrease and end at the number of values ({values.numel()})"
+            )
+        if values.numel() and values.min() < 0:
+            position = int((values < 0).nonzero()[0])
+            raise ValueError(f"ValidSets: values[{position}] is {int(values[position])}; token ids are >= 0")
+        self._raise_on_duplicate()
+
+    def _raise_on_duplicate(self) -> None:
+        values, rows = self.values, self.rows()
+        order = torch.argsort(values, stable=True)
+        order = order[torch.argsort(rows[order], stable=True)]
+        v, r = values[order], rows[order]
+        twice = (v[1:] == v[:-1]) & (r[1:] == r[:-1])
+        if twice.any():
+            first = int(twice.nonzero()[0])
+            raise ValueError(f"ValidSets: token id {int(v[first])} stands twice in set {int(r[first])}")
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def counts(self) -> Tensor:
+        """Size of each set, int64 (N,)."""
+        return self.offsets.diff()
+
+    def rows(self) -> Tensor:
+        """Row of each value, int64 (nnz,)."""
+        return torch.repeat_interleave(torch.arange(len(self), device=self.values.device), self.counts())
+
+    def to(self, device: torch.device | str) -> ValidSets:
+        """The same sets on another device."""
+        return ValidSets(self.values.to(device), self.offsets.to(device))
+
+    def to_lists(self) -> list[list[int]]:
+        """The sets as Python lists."""
+        values, offsets = self.values.tolist(), self.offsets.tolist()
+        return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+    @classmethod
+    def from_lists(cls, sets: Iterable[Sequence[int]]) -> ValidSets:
+        """From any iterable of sequences of ids.
+
+        Example:
+            >>> ValidSets.from_lists([[5], [2, 4]]).offsets.tolist()
+            [0, 1, 3]
+        """
+        rows = [list(s) for s in sets]
+        sizes = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int64)
+        return cls(torch.tensor([v for r in rows for v in r], dtype=torch.int64), sizes.cumsum(0))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> ValidSets:
+        """From a bool mask (*, V); leading dimensions are flattened, ids come out in increasing order.
+
+        Example:
+            >>> ValidSets.from_mask(torch.tensor([[True, False, True]])).to_lists()
+            [[0, 2]]
+        """
+        if mask.dtype != torch.bool or mask.dim() == 0:
+            raise TypeError(f"from_mask: mask must be a bool tensor (*, V), got {mask.dtype} {tuple(mask.shape)}")
+        mask = mask.reshape(-1, mask.shape[-1]) if mask.numel() else mask.reshape(mask.shape[:-1].numel(), -1)
+        offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
+        offsets[1:] = mask.sum(1).cumsum(0)
+        return cls(mask.nonzero()[:, 1], offsets)
+
+    @classmethod
+    def from_bitmask(cls, bitmask: Tensor, vocab_size: int) -> ValidSets:
+        """From the packed masks of grammar engines: int32 (*, ceil(V / 32)), bit ``v & 31`` of word ``v >> 5``.
+
+        Bits at or beyond ``vocab_size`` are padding and ignored.
+
+        Example:
+            >>> ValidSets.from_bitmask(torch.tensor([[-2147483647, 1]], dtype=torch.int32), 40).to_lists()
+            [[0, 31, 32]]
+        """
+        words = (vocab_size + 31) // 32
+        if bitmask.dtype != torch.int32 or bitmask.dim() == 0 or bitmask.shape[-1] < words:
+            raise TypeError(
+                f"from_bitmask: needs an int32 tensor (*, {words}) for vocab_size={vocab_size}, "
+                f"got {bitmask.dtype} {tuple(bitmask.shape)}"
+            )
+        bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+        mask = ((bitmask[..., :words, None] >> bits) & 1).bool().flatten(-2)
+        return cls.from_mask(mask[..., :vocab_size])
+
+    @classmethod
+    def from_jagged(cls, nested: Tensor) -> ValidSets:
+        """From a ``torch.nested`` tensor of layout ``torch.jagged``, (N, ragged).
+
+        Example:
+            >>> nt = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([0])], layout=torch.jagged)
+            >>> ValidSets.from_jagged(nt).to_lists()
+            [[1, 2], [0]]
+        """
+        if not (nested.is_nested and nested.layout == torch.jagged):
+            raise TypeError("from_jagged: needs a nested tensor with layout=torch.jagged")
+        values, offsets = nested.values(), nested.offsets()
+        lengths = nested.lengths() if hasattr(nested, "lengths") else None
+        if lengths is not None:  # a narrowed jagged tensor has holes between its rows
+            return cls.from_lists([row.tolist() for row in nested.unbind()])
+        return cls(values, offsets)
