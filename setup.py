@@ -1,0 +1,143 @@
+"""Build script. pyproject.toml holds the metadata; here is what it cannot say: the C++ extension and the package map.
+
+``fastcalib._C`` is built by CMake and ninja from csrc/ and needs neither torch nor its headers. Where it cannot be
+built (no compiler, no CMake) the package is installed without it and says so; environment variables:
+
+    FASTCALIB_FORCE_EXT=1   an error instead of an installation without the extension
+    FASTCALIB_NO_EXT=1      do not try to build the extension
+    FASTCALIB_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer
+    CMAKE_ARGS              further arguments for CMake's configure step; CXX chooses the compiler
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# Written beside the package's modules when the extension is missing, and read by `python -m fastcalib info`: pip hides
+# what a successful build prints, so a message printed here alone would be seen by nobody.
+NOTE = "_extension_missing.txt"
+
+
+def switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "0").lower() not in ("", "0", "false", "no", "off")
+
+
+def find_tool(name: str, directory_attribute: str) -> str:
+    """Path of cmake or ninja: the one of the Python package of that name if it is installed, else the one on PATH."""
+    try:
+        directory = Path(getattr(importlib.import_module(name), directory_attribute))
+        if (directory / name).is_file():
+            return str(directory / name)
+    except (ImportError, AttributeError):
+        pass
+    path = shutil.which(name)
+    if path is None:
+        raise FileNotFoundError(f"{name} was not found, neither as a Python package nor on PATH")
+    return path
+
+
+class CMakeExtension(Extension):
+    """An extension module whose sources and flags are in ``source_dir``/CMakeLists.txt."""
+
+    def __init__(self, name: str, source_dir: str) -> None:
+        super().__init__(name, sources=[])
+        self.source_dir = ROOT / source_dir
+
+
+class CMakeBuild(build_ext):
+    """Builds each CMakeExtension, or installs without it and leaves a note that says why."""
+
+    def build_extension(self, ext: CMakeExtension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        note = target.with_name(NOTE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if switched_on("FASTCALIB_NO_EXT"):
+                raise RuntimeError("FASTCALIB_NO_EXT=1 was set when fastcalib was installed")
+            built = self.run_cmake(ext)
+        except (OSError, ImportError, RuntimeError, subprocess.CalledProcessError) as error:
+            target.unlink(missing_ok=True)  # one left by an earlier build would not belong to these sources
+            if switched_on("FASTCALIB_FORCE_EXT"):
+                raise RuntimeError(
+                    f"FASTCALIB_FORCE_EXT=1, but fastcalib._C did not build: {explain(error)}"
+                ) from error
+            note.write_text(explain(error) + "\n", encoding="utf-8")
+            print(banner(error), file=sys.stderr, flush=True)
+            return
+        note.unlink(missing_ok=True)
+        # Replaced in one step: a process that has the old file loaded keeps it, and none sees half a file.
+        fresh = target.with_name(target.name + ".new")
+        shutil.copy2(built, fresh)
+        os.replace(fresh, target)
+
+    def run_cmake(self, ext: CMakeExtension) -> Path:
+        """Configure and build; returns the path of the module in the build folder."""
+        import pybind11
+
+        sanitize = switched_on("FASTCALIB_SANITIZE")
+        tag = f"{sys.implementation.cache_tag}-{self.plat_name}" + ("-sanitize" if sanitize else "")
+        build_dir = ROOT / "build" / f"cmake-{tag}"
+        output_dir = build_dir / "module"
+        for stale in output_dir.glob("_C*"):
+            stale.unlink()
+        cmake = find_tool("cmake", "CMAKE_BIN_DIR")
+        configure = [
+            *(cmake, "-S", str(ext.source_dir), "-B", str(build_dir), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'BIN_DIR')}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if sanitize else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DFASTCALIB_OUTPUT_DIR={output_dir}",
+            f"-DFASTCALIB_SANITIZE={'ON' if sanitize else 'OFF'}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build_dir)], check=True)
+        modules = sorted(output_dir.glob("_C*"))
+        if len(modules) != 1:
+            raise RuntimeError(f"expected one module in {output_dir}, found {[path.name for path in modules]}")
+        return modules[0]
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def explain(error: Exception) -> str:
+    """One line for people: which step failed, and where to look."""
+    if isinstance(error, subprocess.CalledProcessError):
+        step = "compiling" if "--build" in error.cmd else "CMake's configure step (is a C++20 compiler installed?)"
+        return f"{step} failed when fastcalib was installed; `pip install -v` shows its output"
+    return str(error)
+
+
+def banner(error: Exception) -> str:
+    line = "*" * 100
+    return f"""
+{line}
+fastcalib is being installed WITHOUT its C++ extension.
+    why: {explain(error)}
+    now: every op runs on the "eager" backend (plain PyTorch): same results, several times slower, more memory
+    fix: install a C++20 compiler (g++ >= 11 or clang++ >= 14), then
+         pip install --force-reinstall --no-deps --no-cache-dir fastcalib   (or the folder you installed from)
+FASTCALIB_FORCE_EXT=1 makes this an error. `python -m fastcalib info` shows which backends are live.
+{line}
+"""
+
+
+setup(
+    packages=[*find_packages(include=["fastcalib", "fastcalib.*"]), "fastcalib.triton_kernels"],
+    # The folder must never be importable under its own name: another project's package is called triton_kernels.
+    package_dir={"fastcalib.triton_kernels": "triton_kernels"},
+    ext_modules=[CMakeExtension("fastcalib._C", "csrc")],
+    cmdclass={"build_ext": CMakeBuild},
+)
