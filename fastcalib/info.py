@@ -23,10 +23,10 @@ def collect() -> dict[str, Any]:
     """Facts about this installation, ready for ``json.dumps``.
 
     Returns:
-        A dict with the keys ``versions`` (name -> version or None), ``python``, ``platform``, ``extension`` (``loaded``,
-        ``path``, ``isa`` chosen, ``isas`` that this machine can run, ``compiler``, ``openmp``, ``why_missing``), ``backends``
-        (name -> ``live``, ``why``), ``threads`` (``torch``, ``cpus``) and ``openmp_runtimes`` (shared libraries loaded;
-        more than one means more than one pool of threads).
+        ``versions`` (name -> version or None), ``python``, ``platform``, ``extension`` (``loaded``, ``path``, the
+        ``isa`` chosen, the ``isas`` this machine can run, ``compiler``, ``openmp``; or ``why_missing``), ``backends``
+        (name -> ``live``, ``why``), ``threads`` (``torch``, ``cpus``) and ``openmp_runtimes`` (the shared libraries
+        loaded; more than one means more than one pool of threads).
 
     Example:
         >>> from fastcalib.info import collect
@@ -51,9 +51,10 @@ def render(facts: dict[str, Any] | None = None) -> Group:
     """The facts of :func:`collect` as tables for a rich console.
 
     Example:
+        >>> from io import StringIO
         >>> from rich.console import Console
         >>> from fastcalib.info import render
-        >>> console = Console(record=True, quiet=True)
+        >>> console = Console(record=True, file=StringIO())
         >>> console.print(render())
         >>> "eager" in console.export_text()
         True

@@ -1,0 +1,199 @@
+"""What an installed fastcalib is: its names, its metadata, its build with and without a compiler.
+
+Builds happen in a copy of the repository in a temporary folder; no network is used.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_COMPILER = {"CXX": "/nonexistent/c++"}
+
+
+def run_outside(code: str, folder: Path) -> str:
+    """Run code in a fresh interpreter that sees neither the repository nor the current folder (-I)."""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def facts_of(site: Path, expression: str) -> str:
+    """Evaluate an expression of ``facts`` for the package unpacked in ``site``, whatever else is installed.
+
+    The import hook of an editable installation goes first: it would supply the modules that ``site`` lacks.
+    """
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "is_editable = lambda hook: getattr(hook, '__module__', '').startswith('__editable__')\n"
+        "sys.meta_path = [hook for hook in sys.meta_path if not is_editable(hook)]\n"
+        f"from fastcalib.info import collect; facts = collect(); print({expression})"
+    )
+    return run_outside(code, site.parent)
+
+
+def test_triton_kernels_is_not_a_top_level_module(tmp_path: Path) -> None:
+    # gpt-oss users have a package called triton_kernels, and vLLM takes any module of that name that it can import.
+    code = "import importlib.util, fastcalib; print(importlib.util.find_spec('triton_kernels'))"
+    assert run_outside(code, tmp_path) == "None"
+
+
+def test_triton_kernels_is_a_subpackage(tmp_path: Path) -> None:
+    assert (
+        run_outside("import fastcalib.triton_kernels as t; print(t.__name__)", tmp_path) == "fastcalib.triton_kernels"
+    )
+
+
+def test_the_console_script_and_the_module_show_the_same(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("fastcalib")
+    outputs = [
+        subprocess.run([*command, "info", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for command in ([str(script)], [sys.executable, "-m", "fastcalib"])
+    ]
+    assert outputs[0] == outputs[1]
+    assert '"eager"' in outputs[0]
+
+
+def test_torch_is_asked_for_with_a_lower_bound_only() -> None:
+    # A pin in the metadata replaces the torch (and CUDA) that the user has: the most common complaint about the peers.
+    required = [line for line in importlib.metadata.requires("fastcalib") or [] if "extra ==" not in line]
+    assert "torch>=2.6" in required
+    assert all(not re.search(r"==|~=|<", line) for line in required), required
+
+
+def test_building_does_not_need_torch() -> None:
+    build_requirements = re.search(r"^requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert build_requirements is not None
+    assert re.findall(r'"([a-z0-9]+)', build_requirements[1]) == ["setuptools", "wheel", "cmake", "ninja", "pybind11"]
+    headers = [path for path in (ROOT / "csrc").rglob("*.[hc]*") if "#include <torch" in path.read_text()]
+    assert headers == []
+
+
+def test_the_extension_is_linked_to_no_torch() -> None:
+    extension = pytest.importorskip("fastcalib._C")
+    assert re.search(rb"lib(torch|c10)\w*\.so", Path(extension.__file__).read_bytes()) is None
+
+
+def test_no_function_is_shared_between_instruction_sets() -> None:
+    # The linker keeps one copy of a function that several objects define weakly. Were it the AVX-512 copy, the baseline
+    # would die of an illegal instruction on an older machine, and never on the developer's.
+    folders = sorted((ROOT / "build").glob(f"cmake-{sys.implementation.cache_tag}-*/CMakeFiles"))
+    folders = [folder for folder in folders if "-sanitize" not in str(folder)]
+    objects = [path for folder in folders for path in sorted(folder.glob("fastcalib_*.dir/cpu/kernels.cpp.o"))]
+    if len(objects) < 2 or shutil.which("nm") is None:
+        pytest.skip("fewer than two instruction sets were built in this working tree, or there is no nm")
+    defined_in = defaultdict(set)
+    for path in objects:
+        listing = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+        for line in listing.stdout.splitlines():
+            kind, name = line.split(maxsplit=2)[1:]
+            if kind in "WVu" and not name.startswith("DW.ref."):
+                defined_in[name].add(path.parts[-3])
+    shared = {name: sorted(where) for name, where in defined_in.items() if len(where) > 1}
+    assert shared == {}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what a build reads, without anything already built."""
+    for tool in ("setuptools", "wheel", "pip", "pybind11", "cmake", "ninja"):
+        pytest.importorskip(tool)
+    copy = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_extension_missing.txt")
+    for folder in ("csrc", "fastcalib", "triton_kernels"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        "out",
+    ]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FASTCALIB_", "CMAKE_"))}
+    # A preloaded sanitizer runtime is for the kernels under test, not for compilers.
+    inherited.pop("LD_PRELOAD", None)
+    return subprocess.run([*command, "."], cwd=source, env=inherited | environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_it_installs_as_python_and_says_so_loudly(source: Path, tmp_path: Path) -> None:
+    done = build_wheel(source, **NO_COMPILER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "installed WITHOUT its C++ extension" in done.stdout + done.stderr
+    (wheel,) = (source / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert not [name for name in names if re.match(r"fastcalib/_C\..*(so|pyd)$", name)]
+    # pip hides the message of a successful build, so the installed package must know the reason too.
+    answer = facts_of(
+        tmp_path / "site",
+        "facts['extension']['loaded'], facts['backends']['cpp']['live'], facts['extension']['why_missing']",
+    )
+    assert answer.startswith("False False ")
+    assert "when fastcalib was installed" in answer and "compiler" in answer
+
+
+def test_force_ext_makes_a_missing_compiler_an_error(source: Path) -> None:
+    done = build_wheel(source, FASTCALIB_FORCE_EXT="1", **NO_COMPILER)
+    assert done.returncode != 0
+    assert "FASTCALIB_FORCE_EXT=1, but fastcalib._C did not build" in done.stdout + done.stderr
+    assert not list((source / "out").glob("*.whl"))
+
+
+def test_force_ext_zero_is_off(source: Path) -> None:
+    assert build_wheel(source, FASTCALIB_FORCE_EXT="0", **NO_COMPILER).returncode == 0
+
+
+def test_an_extension_left_by_an_earlier_build_is_not_shipped(source: Path) -> None:
+    # setuptools packs whatever lies in build/lib*: a module of older sources would be installed beside newer ones.
+    done = build_wheel(source, **NO_COMPILER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (library,) = (source / "build").glob("lib*")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (library / "fastcalib" / f"_C{suffix}").write_bytes(b"stale")
+    shutil.rmtree(source / "out")
+    assert build_wheel(source, FASTCALIB_NO_EXT="1").returncode == 0
+    (wheel,) = (source / "out").glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(suffix)]
+
+
+@pytest.mark.slow
+def test_a_wheel_built_from_a_clean_copy_works(source: Path, tmp_path: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler on this machine")
+    done = build_wheel(source, FASTCALIB_FORCE_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (source / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        metadata = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA"))
+    assert "Requires-Dist: torch>=2.6\n" in metadata
+    path, live, baseline = facts_of(
+        tmp_path / "site",
+        "facts['extension']['path'], facts['backends']['cpp']['live'], 'baseline' in facts['extension']['isas']",
+    ).split()
+    assert Path(path).parent == tmp_path / "site" / "fastcalib"
+    assert (live, baseline) == ("True", "True")
