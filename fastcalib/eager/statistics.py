@@ -67,9 +67,10 @@ def statistics(
 
     finite = ~masked
     n = finite.sum(-1)
-    total = torch.where(masked, 0.0, z).sum(-1)
+    finite_z = torch.where(masked, 0.0, z)
+    total = finite_z.sum(-1)
     mean = total / n.clamp(min=1)
-    spread = torch.where(masked, 0.0, (z - mean[:, None]) ** 2).sum(-1) / (n - 1).clamp(min=1)
+    spread = torch.where(masked, 0.0, (finite_z - mean[:, None]) ** 2).sum(-1) / (n - 1).clamp(min=1)
     std = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).sqrt(), spread)
     total = torch.where(masked.any(-1), -torch.inf, total)
     total, std = (torch.where(undefined, torch.nan, x) for x in (total, std))

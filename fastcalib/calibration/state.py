@@ -1,0 +1,256 @@
+"""The running sums of a calibration report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.types import TokenStatistics
+from .bins import AdaptiveECE, Reliability, adaptive_error, calibration_error, cell_index, reliability
+from .temperature import NLLSums
+
+# Contributions are rounded to multiples of 2^-24 (3e-8, below the rounding of the float32 statistics themselves). Sums
+# of such numbers are exact in float64 while they stay below 2^29 = 5e8, hence the same bits in any order and grouping.
+GRID = float(2**24)
+RANK_BINS = 32  # 1, 2, 3-4, 5-8, ...: enough for any vocabulary below 2^31
+
+
+def _on_grid(x: Tensor) -> Tensor:
+    return x.double().mul(GRID).round().div(GRID)
+
+
+class CalibrationState:
+    """Calibration of the top-1 token and of the target at K temperatures, in O(bins) memory however many tokens.
+
+    States over disjoint tokens merge exactly: the result is the same, bit for bit, in whatever order and grouping
+    tokens arrive and states merge (while every sum is below 2^29; float64 rounding beyond that). All estimators return
+    float64 of shape (K,), also for one temperature. Means are over the tokens seen; they are NaN before the first.
+
+    Args:
+        temperatures: the temperatures given to :func:`fastcalib.statistics`, a number or a sequence of K.
+        cells: size of the fine confidence histogram; ``n_bins`` of any estimator must divide it.
+        device: where the sums are kept.
+
+    Attributes:
+        n_tokens: int64 (), tokens counted.
+        n_undefined: int64 (), tokens left out because their row has no softmax (all -inf, a NaN or +inf).
+        hits: int64 (), tokens that were the argmax.
+        ties: int64 (), ranked tokens whose logit another token shares.
+        sum_nll, sum_entropy, sum_brier, sum_var: float64 (K,), sums over tokens (nats; logits squared for ``sum_var``).
+        cell_count, cell_hits: int64 (K, cells), cell_confidence: float64 (K, cells).
+        rank_count: int64 (32,), target ranks in bins 1, 2, 3-4, 5-8, ..., up to 2^31.
+
+    Example:
+        >>> import torch, fastcalib
+        >>> logits, target = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
+        >>> state = CalibrationState([1.0, 2.0])
+        >>> state.update(fastcalib.statistics(logits, target, [1.0, 2.0], ranks=True), target)
+        >>> state.accuracy.tolist(), state.top_k_accuracy(2).item()
+        ([0.5, 0.5], 1.0)
+        >>> bool(state.merge(state).nll.equal(state.nll))
+        True
+    """
+
+    _SCALARS = ("n_tokens", "n_undefined", "hits", "ties")
+    _SUMS = ("sum_nll", "sum_entropy", "sum_brier", "sum_var")
+    _CELLS = ("cell_count", "cell_hits", "cell_confidence")
+    _TENSORS = (*_SCALARS, *_SUMS, *_CELLS, "rank_count")
+
+    n_tokens: Tensor
+    n_undefined: Tensor
+    hits: Tensor
+    ties: Tensor
+    sum_nll: Tensor
+    sum_entropy: Tensor
+    sum_brier: Tensor
+    sum_var: Tensor
+    cell_count: Tensor
+    cell_hits: Tensor
+    cell_confidence: Tensor
+    rank_count: Tensor
+
+    def __init__(
+        self,
+        temperatures: float | Sequence[float] = 1.0,
+        *,
+        cells: int = 3840,
+        device: torch.device | str | None = None,
+    ) -> None:
+        values = (temperatures,) if isinstance(temperatures, (int, float)) else tuple(temperatures)
+        self.temperatures = tuple(float(t) for t in values)
+        if not self.temperatures or not all(t > 0 for t in self.temperatures):
+            raise ValueError(f"CalibrationState: temperatures must be positive numbers, got {temperatures!r}")
+        if cells < 1:
+            raise ValueError(f"CalibrationState: cells must be at least 1, got {cells}")
+        k = len(self.temperatures)
+        for name in self._SCALARS:
+            setattr(self, name, torch.zeros((), dtype=torch.int64, device=device))
+        for name in self._SUMS:
+            setattr(self, name, torch.zeros(k, dtype=torch.float64, device=device))
+        for name in self._CELLS:
+            dtype = torch.float64 if name == "cell_confidence" else torch.int64
+            setattr(self, name, torch.zeros(k, cells, dtype=dtype, device=device))
+        self.rank_count = torch.zeros(RANK_BINS, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, stats: TokenStatistics, target: Tensor, ignore_index: int = -100) -> None:
+        """Add tokens.
+
+        Args:
+            stats: from ``statistics(logits, target, temperatures)``; with ``ranks=True`` target ranks are counted too.
+            target: int64 (*), the same targets.
+            ignore_index: targets of this value are left out.
+
+        Raises:
+            ValueError: statistics without ``log_prob``, or shapes that do not fit the target and the temperatures.
+        """
+        if stats.log_prob is None:
+            raise ValueError("update: stats has no log_prob; call statistics with the target as its index")
+        k, device = len(self.temperatures), self.hits.device
+        shape = tuple(target.shape)
+        if tuple(stats.log_prob.shape) not in {(*shape, k), shape if k == 1 else (*shape, k)}:
+            raise ValueError(
+                f"update: stats.log_prob has shape {tuple(stats.log_prob.shape)}, but target {shape} "
+                f"and {k} temperatures ask for {(*shape, k)}"
+            )
+
+        def rows(x: Tensor) -> Tensor:  # (*[, K]) -> (N, K), on the state's device
+            return x.detach().to(device).reshape(-1, k)
+
+        target = target.to(device).reshape(-1)
+        wanted = target != ignore_index
+        defined = rows(stats.entropy).isnan().logical_not().all(-1)
+        use = wanted & defined
+        keep = use[:, None]
+        log_prob = torch.where(keep, rows(stats.log_prob), 0.0).double()
+        hit = (stats.argmax.to(device).reshape(-1) == target) & use
+
+        self.n_tokens += use.sum()
+        self.n_undefined += (wanted & ~defined).sum()
+        self.hits += hit.sum()
+        brier = 1.0 - 2.0 * log_prob.exp() + rows(stats.collision).double()
+        self.sum_nll += _on_grid(-log_prob).sum(0)
+        for total, x in ((self.sum_entropy, stats.entropy), (self.sum_var, stats.var_logit)):
+            total += _on_grid(torch.where(keep, rows(x), 0.0)).sum(0)
+        self.sum_brier += _on_grid(torch.where(keep, brier, 0.0)).sum(0)
+
+        confidence = torch.where(keep, rows(stats.max_prob), 0.0)
+        cell = cell_index(confidence, self.cell_count.shape[1]).t()
+        self.cell_count.scatter_add_(1, cell, use.long().expand(k, -1))
+        self.cell_hits.scatter_add_(1, cell, hit.long().expand(k, -1))
+        self.cell_confidence.scatter_add_(1, cell, _on_grid(confidence).t())
+
+        if stats.n_greater is not None and stats.n_equal is not None:
+            n_greater, n_equal = (x.to(device).reshape(-1) for x in (stats.n_greater, stats.n_equal))
+            edges = 2 ** torch.arange(RANK_BINS, device=device)
+            self.rank_count.index_add_(0, torch.searchsorted(edges, n_greater + 1), use.long())
+            self.ties += ((n_equal > 0) & use).sum()
+
+    def merge(self, other: CalibrationState) -> CalibrationState:
+        """The state of both token sets together; neither argument changes.
+
+        Raises:
+            ValueError: other temperatures or another number of cells.
+        """
+        if self.temperatures != other.temperatures or self.cell_count.shape != other.cell_count.shape:
+            mine, theirs = ((s.temperatures, s.cell_count.shape[1]) for s in (self, other))
+            raise ValueError(f"merge: states must agree in temperatures and cells, got {mine} and {theirs}")
+        out = CalibrationState(self.temperatures, cells=self.cell_count.shape[1], device=self.hits.device)
+        for name in self._TENSORS:
+            x: Tensor = getattr(self, name)
+            setattr(out, name, x + getattr(other, name).to(x.device))
+        return out
+
+    def select(self, indices: Sequence[int]) -> CalibrationState:
+        """The same tokens at some of the temperatures, given by position."""
+        index = list(indices)
+        out = CalibrationState(
+            [self.temperatures[i] for i in index], cells=self.cell_count.shape[1], device=self.hits.device
+        )
+        for name in self._TENSORS:
+            x: Tensor = getattr(self, name)
+            setattr(out, name, x[index] if name in self._SUMS + self._CELLS else x.clone())
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as tensors (temperatures as float64), for ``torch.save`` or safetensors."""
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        return {"temperatures": torch.tensor(self.temperatures, dtype=torch.float64), **tensors}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> CalibrationState:
+        """The inverse of :meth:`state_dict`; ValueError if an entry is missing."""
+        missing = [name for name in ("temperatures", *cls._TENSORS) if name not in state]
+        if missing:
+            raise ValueError(f"from_state_dict: missing {', '.join(missing)}")
+        out = cls(state["temperatures"].tolist(), cells=state["cell_count"].shape[1])
+        for name in cls._TENSORS:
+            setattr(out, name, state[name].clone())
+        return out
+
+    def nll_sums(self) -> NLLSums:
+        """NLL and its first two derivatives in 1/T, summed over tokens; what a temperature fit needs."""
+        beta = 1.0 / torch.tensor(self.temperatures, dtype=torch.float64, device=self.sum_nll.device)
+        return NLLSums(self.sum_nll, (self.sum_nll - self.sum_entropy) / beta, self.sum_var)
+
+    @property
+    def nll(self) -> Tensor:
+        """Mean negative log-likelihood of the target, nats."""
+        return self.sum_nll / self.n_tokens
+
+    @property
+    def perplexity(self) -> Tensor:
+        """exp of :attr:`nll`."""
+        return self.nll.exp()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Mean entropy of the predictions, nats."""
+        return self.sum_entropy / self.n_tokens
+
+    @property
+    def entropy_gap(self) -> Tensor:
+        """Mean entropy minus NLL, nats: expected surprise minus actual one, negative when overconfident.
+
+        It is -1/T times the derivative of NLL in 1/T, hence 0 exactly at the temperature that minimises NLL (derived).
+        """
+        return (self.sum_entropy - self.sum_nll) / self.n_tokens
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of tokens that were the argmax (the lowest index among ties); the same at every temperature."""
+        return (self.hits.double() / self.n_tokens).expand(len(self.temperatures)).clone()
+
+    @property
+    def brier(self) -> Tensor:
+        """Mean Brier score ``1 - 2 p_y + sum_v p_v^2``, between 0 and 2."""
+        return self.sum_brier / self.n_tokens
+
+    def reliability(self, n_bins: int = 15) -> Reliability:
+        """Reliability diagram with equal-width bins, closed on the right, the first also on the left."""
+        return reliability(self.cell_count, self.cell_hits, self.cell_confidence, n_bins)
+
+    def ece(self, n_bins: int = 15) -> Tensor:
+        """Expected calibration error of the top-1 token (l1; Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+        return calibration_error(self.reliability(n_bins), "l1")
+
+    def mce(self, n_bins: int = 15) -> Tensor:
+        """Maximum calibration error over the non-empty bins (Guo et al. 2017, eq. 5)."""
+        return calibration_error(self.reliability(n_bins), "max")
+
+    def rmsce(self, n_bins: int = 15) -> Tensor:
+        """Root mean square calibration error (l2)."""
+        return calibration_error(self.reliability(n_bins), "l2")
+
+    def adaptive_ece(self, n_bins: int = 15) -> AdaptiveECE:
+        """Equal-mass ECE with the error bound of the histogram: the exact value is within ``value +- bound``."""
+        return adaptive_error(self.cell_count, self.cell_hits, self.cell_confidence, n_bins)
+
+    def top_k_accuracy(self, k: int) -> Tensor:
+        """Share of ranked targets with fewer than k tokens above them, float64 (); k is a power of two (as the bins)."""
+        if k < 1 or k & (k - 1):
+            raise ValueError(f"top_k_accuracy: k must be a power of two, got {k}")
+        return self.rank_count[: k.bit_length()].sum() / self.rank_count.sum().double()
