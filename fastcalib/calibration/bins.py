@@ -93,9 +93,10 @@ def calibration_error(diagram: Reliability, norm: str) -> Tensor:
 def adaptive_error(count: Tensor, hits: Tensor, confidence: Tensor, n_bins: int) -> AdaptiveECE:
     """Equal-mass ECE from cells (K, C): tokens sorted by confidence, group m holds positions m n/B to (m + 1) n/B.
 
-    Positions are rounded down. A cell that lies across the border of two groups is shared out in proportion. Which of its c tokens (h hits) are the
-    k on one side is unknown; the hits among them are between max(0, h - (c - k)) and min(k, h), and their confidences
-    differ by at most the cell's width, so the error of that piece is known (derived) and the pieces' errors add up.
+    Positions are rounded down. A cell that lies across the border of two groups is shared out in proportion. Which of
+    its c tokens (h hits) are the k on one side is unknown; the hits among them are between max(0, h - (c - k)) and
+    min(k, h), and their confidences differ by at most the cell's width, so the error of that piece is bounded (derived)
+    and the bounds of all pieces add up.
     """
     if n_bins < 1:
         raise ValueError(f"n_bins must be at least 1, got {n_bins}")

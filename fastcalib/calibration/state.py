@@ -250,7 +250,7 @@ class CalibrationState:
         return adaptive_error(self.cell_count, self.cell_hits, self.cell_confidence, n_bins)
 
     def top_k_accuracy(self, k: int) -> Tensor:
-        """Share of ranked targets with fewer than k tokens above them, float64 (); k is a power of two (as the bins)."""
+        """Share of ranked targets with fewer than k tokens above them, float64 (); k a power of two (as the bins)."""
         if k < 1 or k & (k - 1):
             raise ValueError(f"top_k_accuracy: k must be a power of two, got {k}")
         return self.rank_count[: k.bit_length()].sum() / self.rank_count.sum().double()
