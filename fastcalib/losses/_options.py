@@ -125,31 +125,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def documented(function: F) -> F:
     """Write the common options out, in the docstring and in the signature that help() and IPython show."""
-    function.__doc__ = (function.__doc__ or "").replace(COMMON, inspect.cleandoc(Options.__doc__ or "").split("\n\n", 1)[1])
-    function.__doc__ = _indent_common(function.__doc__)
+    common = inspect.cleandoc(Options.__doc__ or "").split("\n\n", 1)[1]
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace(COMMON, common)
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     defaults = {f.name: f.default for f in fields(Settings)} | {"weight": None, "num_items_in_batch": None}
-    common = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in defaults.items()]
-    function.__signature__ = signature.replace(parameters=own + common)  # type: ignore[attr-defined]
+    shared = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in defaults.items()]
+    function.__signature__ = signature.replace(parameters=own + shared)  # type: ignore[attr-defined]
     return function
-
-
-def _indent_common(doc: str) -> str:
-    """The inserted text starts at the margin; docstrings of functions are indented by four."""
-    lines = doc.split("\n")
-    inserted, out = False, []
-    for line in lines:
-        inserted = (inserted or line.strip() == "Other arguments:") and not line.startswith(("    Source", "    Example"))
-        out.append(f"    {line}" if inserted and line and not line.startswith("    Other") else line)
-    return "\n".join(out)
 
 
 def module_doc(function: Callable[..., Any]) -> str:
     """Docstring of a loss module: the first paragraph of the function's, and where the rest is."""
     first = re.split(r"\n\s*\n", inspect.cleandoc(function.__doc__ or ""))[0]
     return (
-        f"{first}\n\nThe module of :func:`fastcalib.losses.{function.__name__}`, which gives formula, arguments and source. The "
-        "numbers of the\nloss and the :class:`Options` go to the constructor; logits, target, weight, num_items_in_batch "
-        "and a temperature\nfor this batch alone go to the call."
+        f"{first}\n\nThe module of :func:`fastcalib.losses.{function.__name__}`, which gives formula, arguments and source.\n"
+        "The loss's own numbers and the :class:`Options` go to the constructor; logits, target, weight,\n"
+        "num_items_in_batch and a temperature for this batch alone go to the call."
     )
