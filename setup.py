@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ class CMakeExtension(Extension):
     """An extension module whose sources and flags are in ``source_dir``/CMakeLists.txt."""
 
     def __init__(self, name: str, source_dir: str) -> None:
-        super().__init__(name, sources=[])
+        super().__init__(name, sources=[], optional=True)  # optional: setuptools accepts that no file comes of it
         self.source_dir = ROOT / source_dir
 
 
@@ -58,34 +59,47 @@ class CMakeBuild(build_ext):
     """Builds each CMakeExtension, or installs without it and leaves a note that says why."""
 
     def build_extension(self, ext: CMakeExtension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target = Path(self.build_lib, self.get_ext_filename(ext.name)).resolve()
         note = target.with_name(NOTE)
         target.parent.mkdir(parents=True, exist_ok=True)
+        # One left by an earlier build does not belong to these sources, and setuptools would ship it.
+        target.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
         try:
             if switched_on("FASTCALIB_NO_EXT"):
                 raise RuntimeError("FASTCALIB_NO_EXT=1 was set when fastcalib was installed")
-            built = self.run_cmake(ext)
+            shutil.copy2(self.run_cmake(ext), target)
         except (OSError, ImportError, RuntimeError, subprocess.CalledProcessError) as error:
-            target.unlink(missing_ok=True)  # one left by an earlier build would not belong to these sources
             if switched_on("FASTCALIB_FORCE_EXT"):
                 raise RuntimeError(
                     f"FASTCALIB_FORCE_EXT=1, but fastcalib._C did not build: {explain(error)}"
                 ) from error
             note.write_text(explain(error) + "\n", encoding="utf-8")
             print(banner(error), file=sys.stderr, flush=True)
-            return
-        note.unlink(missing_ok=True)
-        # Replaced in one step: a process that has the old file loaded keeps it, and none sees half a file.
-        fresh = target.with_name(target.name + ".new")
-        shutil.copy2(built, fresh)
-        os.replace(fresh, target)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation: the module, or the note about its absence, goes beside the sources."""
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            package = self.get_finalized_command("build_py").get_package_dir(ext.name.rpartition(".")[0])
+            for file in (built, built.with_name(NOTE)):
+                target = ROOT / package / file.name
+                if not file.exists():
+                    target.unlink(missing_ok=True)
+                    continue
+                # In one step: a process that has the old file loaded keeps it, and none sees half a file.
+                fresh = target.with_name(target.name + ".new")
+                shutil.copy2(file, fresh)
+                os.replace(fresh, target)
 
     def run_cmake(self, ext: CMakeExtension) -> Path:
         """Configure and build; returns the path of the module in the build folder."""
         import pybind11
 
         sanitize = switched_on("FASTCALIB_SANITIZE")
-        tag = f"{sys.implementation.cache_tag}-{self.plat_name}" + ("-sanitize" if sanitize else "")
+        # A folder for each kind of build: CMake would go on with the compiler it found the first time.
+        compiler = re.sub(r"\W+", "-", os.environ.get("CXX", "default"))
+        tag = f"{sys.implementation.cache_tag}-{self.plat_name}-{compiler}" + ("-sanitize" if sanitize else "")
         build_dir = ROOT / "build" / f"cmake-{tag}"
         output_dir = build_dir / "module"
         for stale in output_dir.glob("_C*"):

@@ -180,6 +180,17 @@ def test_an_extension_left_by_an_earlier_build_is_not_shipped(source: Path) -> N
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(suffix)]
 
 
+def test_a_working_tree_gets_the_note_in_place_of_a_stale_extension(source: Path) -> None:
+    # What an editable installation does: setuptools builds elsewhere and then copies into the sources.
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    stale = source / "fastcalib" / f"_C{suffix}"
+    stale.write_bytes(b"stale")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=source, env=os.environ | {"FASTCALIB_NO_EXT": "1"}, capture_output=True, check=True)
+    assert not stale.exists()
+    assert "FASTCALIB_NO_EXT=1" in (source / "fastcalib" / "_extension_missing.txt").read_text()
+
+
 @pytest.mark.slow
 def test_a_wheel_built_from_a_clean_copy_works(source: Path, tmp_path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
