@@ -25,11 +25,11 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Drop-in for :func:`torch.nn.functional.cross_entropy`: one read of the logits forward, one read and write backward.
+    """Drop-in for :func:`torch.nn.functional.cross_entropy`: one read of the logits, one more and one write backward.
 
-    The fast path takes class indices with a ``input`` of shape (C,), (N, C), or (N, C, d1, ...) whose *class* dimension
-    is the contiguous one, which is what ``logits.transpose(1, 2)`` of (N, S, V) logits gives. With or without ``weight``,
-    ``label_smoothing``, ``ignore_index``, any reduction.
+    The fast path takes class indices with an input of shape (C,), (N, C), or (N, C, d1, ...) whose *class* dimension is
+    the contiguous one, which is what ``logits.transpose(1, 2)`` of (N, S, V) logits gives; with ``weight`` or
+    ``label_smoothing``, any ``ignore_index`` and any reduction.
 
     Handed to torch, and so no faster than there:
         - class probabilities as the target;
@@ -40,12 +40,12 @@ def cross_entropy(
           float16 and float64.
 
     One deliberate difference: the loss of bfloat16 and float16 logits is float32 (torch rounds it to the dtype of the
-    input, three digits in bfloat16), on both paths; the gradient has the dtype of the input as ever. The fast path has no
-    second derivative.
+    input, three digits in bfloat16), on both paths; the gradient has the dtype of the input as ever. The fast path has
+    no second derivative.
 
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ...).
-        target: class indices (), (N,) or (N, d1, ...) in any integer dtype, or class probabilities shaped like the input.
+        target: class indices (), (N,) or (N, d1, ...) in any integer dtype, or class probabilities shaped like input.
         weight: (C,), a factor for each class; a mean then divides by the sum of the factors of the targets.
         size_average, reduce: deprecated in torch, and understood as there.
         ignore_index: tokens with this target count in nothing.
@@ -80,8 +80,8 @@ def cross_entropy(
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     if target.shape != logits.shape[:-1]:
         raise ValueError(
-            f"target must have shape {tuple(logits.shape[:-1])} (class indices) or {tuple(input.shape)} (floating point: "
-            f"class probabilities) for an input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
+            f"target must have shape {tuple(logits.shape[:-1])} (class indices) or {tuple(input.shape)} (floating "
+            f"point: class probabilities) for an input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
     stats = statistics(logits, target, ignore_index=ignore_index)
     assert stats.log_prob is not None
@@ -129,11 +129,11 @@ def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """Drop-in for TRL's function of this name: log-probabilities of chosen tokens, without the log-softmax of the rest.
+    """Drop-in for TRL's function of this name: log-probabilities of chosen tokens, the others never stored.
 
-    ``log_softmax(logits / temperature, -1).gather(-1, index)``. Differences: the result is float32 for bfloat16 and float16
-    logits (TRL's is float32 from its kernel and the dtype of the logits otherwise), an index of -100 gives 0 instead of
-    an error, and masked (-inf) logits give no NaN in the gradient.
+    ``log_softmax(logits / temperature, -1).gather(-1, index)``. Differences: the result is float32 for bfloat16 and
+    float16 logits (TRL's is float32 from its kernel and the dtype of the logits otherwise), an index of -100 gives 0
+    instead of an error, and masked (-inf) logits give no NaN in the gradient.
 
     Args:
         logits: (*, V).

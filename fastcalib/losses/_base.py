@@ -225,8 +225,8 @@ def apply(
 class TokenLoss(nn.Module):
     """Base of the loss modules: a formula, its own numbers, the options.
 
-    Call it as ``loss(logits, target, weight=None, num_items_in_batch=None, temperature=None, **token arguments)``, or hand
-    it to :func:`fastcalib.fused_loss`. A temperature given to the call replaces the module's for that batch.
+    Call it as ``loss(logits, target, *, weight=None, num_items_in_batch=None, temperature=None, **token_arguments)``,
+    or hand it to :func:`fastcalib.fused_loss`. A temperature given to the call replaces the module's for that batch.
 
     Example:
         >>> import torch, fastcalib

@@ -139,7 +139,8 @@ def module_doc(function: Callable[..., Any]) -> str:
     """Docstring of a loss module: the first paragraph of the function's, and where the rest is."""
     first = re.split(r"\n\s*\n", inspect.cleandoc(function.__doc__ or ""))[0]
     return (
-        f"{first}\n\nThe module of :func:`fastcalib.losses.{function.__name__}`, which gives formula, arguments and source.\n"
+        f"{first}\n\n"
+        f"The module of :func:`fastcalib.losses.{function.__name__}`, which gives formula, arguments and source.\n"
         "The loss's own numbers and the :class:`Options` go to the constructor; logits, target, weight,\n"
         "num_items_in_batch and a temperature for this batch alone go to the call."
     )

@@ -58,8 +58,9 @@ def _positions(target: Tensor, own: Mapping[str, Any], given: dict[str, Tensor])
         return {k: v for k, v in given.items() if k not in ("position", "length")}
     if target.dim() < 2 and not ("position" in given and "length" in given):
         raise ValueError(
-            f"lambda_pr: with lam={own['lam']} and a target of shape {tuple(target.shape)} pass position (of each token "
-            "in its sequence, from 0) and length (of that sequence); only a target (batch, sequence) has them by itself"
+            f"lambda_pr: with lam={own['lam']} and a target of shape {tuple(target.shape)} pass position (of each "
+            "token in its sequence, from 0) and length (of that sequence); only a target (batch, sequence) has them "
+            "by itself"
         )
     if "position" not in given:
         steps = torch.arange(target.shape[-1], device=target.device)
