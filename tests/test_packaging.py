@@ -119,6 +119,12 @@ def source(tmp_path: Path) -> Path:
     return copy
 
 
+def clean_environment(**changes: str) -> dict[str, str]:
+    # make exports FASTCALIB_FORCE_EXT; a preloaded sanitizer runtime is for the kernels under test, not for compilers.
+    ours = ("FASTCALIB_", "CMAKE_", "LD_PRELOAD")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | changes
+
+
 def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
@@ -132,10 +138,8 @@ def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess
         "-w",
         "out",
     ]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FASTCALIB_", "CMAKE_"))}
-    # A preloaded sanitizer runtime is for the kernels under test, not for compilers.
-    inherited.pop("LD_PRELOAD", None)
-    return subprocess.run([*command, "."], cwd=source, env=inherited | environment, capture_output=True, text=True)
+    environment = clean_environment(**environment)
+    return subprocess.run([*command, "."], cwd=source, env=environment, capture_output=True, text=True)
 
 
 def test_without_a_compiler_it_installs_as_python_and_says_so_loudly(source: Path, tmp_path: Path) -> None:
@@ -186,7 +190,7 @@ def test_a_working_tree_gets_the_note_in_place_of_a_stale_extension(source: Path
     stale = source / "fastcalib" / f"_C{suffix}"
     stale.write_bytes(b"stale")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=source, env=os.environ | {"FASTCALIB_NO_EXT": "1"}, capture_output=True, check=True)
+    subprocess.run(command, cwd=source, env=clean_environment(FASTCALIB_NO_EXT="1"), capture_output=True, check=True)
     assert not stale.exists()
     assert "FASTCALIB_NO_EXT=1" in (source / "fastcalib" / "_extension_missing.txt").read_text()
 
