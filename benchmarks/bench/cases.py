@@ -1,0 +1,233 @@
+"""The rows of the results: which job, at which size, done by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import ours, peers, plain
+from .problem import ARBITRARY, ARITHMETIC, SHAPES, Outputs, Problem, gradient
+
+Call = Callable[[], Outputs]
+P = ParamSpec("P")
+R = TypeVar("R")
+DTYPES = (torch.float32, torch.bfloat16)
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+# Largest N * M * V that is compared token by token (the temporaries are as many bytes).
+BRUTE_LIMIT = 3_000_000_000
+
+
+@dataclass
+class Job:
+    """What one case needs: how to make each competitor's callable, and the float64 answer for the checked rows.
+
+    ``factories`` may raise; the suite reports that competitor as not available.
+    """
+
+    factories: dict[str, Callable[[], Call]]
+    reference: Callable[[], Outputs]
+
+
+@dataclass
+class Case:
+    """One row. ``passes`` counts how often the job must at least move the array, reads and writes alike."""
+
+    op: str
+    n: int
+    v: int
+    dtype: torch.dtype
+    direction: str  # "fwd" or "fwd+bwd": only the same direction is ever compared
+    formula: str
+    passes: int
+    build: Callable[[Problem], Job] = field(repr=False)
+    group: str = ""
+
+    @property
+    def name(self) -> str:
+        """What ``--only`` matches, e.g. "statistics K=1 | fp32 | 256x128256 | fwd"."""
+        return f"{self.op} | {SHORT[self.dtype]} | {self.n}x{self.v} | {self.direction}"
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compile`` for one fixed shape."""
+    return torch.compile(function, dynamic=False)
+
+
+def _statistics(problem: Problem, temperatures: tuple[float, ...]) -> Job:
+    z, target = problem.logits, problem.target
+    fast = compiled(plain.statistics)
+    label, selective, entropy = peers.trl_functions()
+    rows = problem.checked_rows
+    factories: dict[str, Callable[[], Call]] = {
+        "fastcalib": partial(ours.statistics, z, target, temperatures),
+        "eager": lambda: partial(plain.statistics, z, target, temperatures),
+        "torch.compile": lambda: partial(fast, z, target, temperatures),
+    }
+    if temperatures == (1.0,):
+        # the two helpers together: log-probability and entropy, half of what the others return
+        factories[label] = lambda: lambda: {"log_prob": selective(z, target), "entropy": entropy(z)}
+    return Job(factories, lambda: plain.statistics(problem.rows64(), target[:rows], temperatures))
+
+
+def _statistics_sum(call: Callable[[Tensor], Outputs], logits: Tensor) -> Call:
+    """Forward and backward: entropy and log-probability, both with an upstream gradient."""
+    leaf = logits.detach().requires_grad_()
+
+    def run() -> Outputs:
+        out = call(leaf)
+        (grad,) = torch.autograd.grad(out["entropy"].sum() + out["log_prob"].sum(), leaf)
+        return {"grad": grad}
+
+    return run
+
+
+def _statistics_backward(problem: Problem, temperatures: tuple[float, ...]) -> Job:
+    z, target, rows = problem.logits, problem.target, problem.checked_rows
+    fast = compiled(plain.statistics)
+    factories: dict[str, Callable[[], Call]] = {
+        "fastcalib": lambda: _statistics_sum(lambda x: ours.statistics(x, target, temperatures)(), z),
+        "eager": lambda: _statistics_sum(lambda x: plain.statistics(x, target, temperatures), z),
+        "torch.compile": lambda: _statistics_sum(lambda x: fast(x, target, temperatures), z),
+    }
+    reference = _statistics_sum(lambda x: plain.statistics(x, target[:rows], temperatures), problem.rows64())
+    return Job(factories, reference)
+
+
+def _dense(problem: Problem, name: str, backward: bool) -> Job:
+    z, temperature = problem.logits, 0.7
+    eager = partial(torch.softmax if name == "softmax" else torch.log_softmax, dim=-1)
+    rows = problem.checked_rows
+
+    def divided(x: Tensor) -> Tensor:
+        return eager(x / temperature)
+
+    fast = compiled(divided)
+
+    def wrap(function: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Call:
+        if not backward:
+            return lambda: {"out": function(x)}
+        leaf = x.detach().requires_grad_()
+        return lambda: {"grad": torch.autograd.grad(function(leaf), leaf, upstream)[0]}
+
+    upstream = problem.upstream if backward else z
+    return Job(
+        {
+            "fastcalib": lambda: wrap(lambda x: ours.dense(name, x, temperature)()["out"], z, upstream),
+            "eager": lambda: wrap(divided, z, upstream),
+            "torch.compile": lambda: wrap(fast, z, upstream),
+        },
+        lambda: wrap(divided, problem.rows64(), upstream[:rows].double())(),
+    )
+
+
+def _ranks(problem: Problem, m: int) -> Job:
+    z, index, rows = problem.logits, problem.selected(m), problem.checked_rows
+    brute = problem.n * m * problem.v <= BRUTE_LIMIT
+    fast = compiled(plain.ranks_brute)
+    factories: dict[str, Callable[[], Call]] = {"fastcalib": partial(ours.ranks, z, index)}
+    if brute:
+        factories["eager"] = lambda: partial(plain.ranks_brute, z, index)
+        factories["torch.compile"] = lambda: partial(fast, z, index)
+    else:
+        factories["eager"] = lambda: partial(plain.ranks_sorted, z, index)  # torch.compile has no better sort
+    return Job(factories, lambda: plain.ranks_sorted(z[:rows], index[:rows]))
+
+
+def _loss(problem: Problem, name: str, backward: bool) -> Job:
+    z, target, rows = problem.logits, problem.target, problem.checked_rows
+    options, per_token = plain.LOSSES[name]
+
+    def eager(x: Tensor, t: Tensor) -> Tensor:
+        return per_token(x, t).mean()
+
+    fast = compiled(eager)
+
+    def wrap(function: Callable[[Tensor, Tensor], Tensor]) -> Call:
+        if not backward:
+            return lambda: {"loss": function(z, target)}
+        leaf = z.detach().requires_grad_()
+
+        def run() -> Outputs:
+            loss = function(leaf, target)
+            return {"loss": loss.detach(), "grad": torch.autograd.grad(loss, leaf)[0]}
+
+        return run
+
+    factories: dict[str, Callable[[], Call]] = {
+        "fastcalib": lambda: wrap(ours.loss_function(name, options)),
+        "eager": lambda: wrap(eager),
+        "torch.compile": lambda: wrap(fast),
+    }
+    if name == "nll" and backward:
+        factories["fastcalib fused_loss"] = partial(ours.fused, z, target)
+    if name == "nll" and not backward:
+        factories["torchmetrics"] = partial(peers.torchmetrics_perplexity, z, target)
+
+    def reference() -> Outputs:
+        if backward:
+            return {"grad": gradient(per_token, problem.rows64(), target[:rows], problem.n)[1]}
+        total = sum(float(per_token(a.double(), b).sum()) for a, b in zip(z.split(rows), target.split(rows)))
+        return {"loss": torch.tensor(total / problem.n, dtype=torch.float64)}
+
+    return Job(factories, reference)
+
+
+def temperature_grids() -> dict[str, tuple[float, ...]]:
+    """Label -> temperatures of the statistics rows."""
+    return {
+        "K=1": (1.0,),
+        "K=1 T=0.05": (0.05,),
+        "K=4": ARBITRARY[4],
+        "K=4 arithmetic": ARITHMETIC[4],
+        "K=8": ARBITRARY[8],
+        "K=8 arithmetic": ARITHMETIC[8],
+    }
+
+
+def all_cases(shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
+    """Every row of the full benchmark. All losses are run at the first shape, nll at every one."""
+    for n, v in shapes:
+        for dtype in DTYPES:
+            b = torch.finfo(dtype).bits // 8
+            one, three = (f"{k} N V {b} B" for k in (1, 3))
+
+            def case(
+                op: str, direction: str, formula: str, passes: int, build: Callable[[Problem], Job], group: str,
+                n: int = n, v: int = v, dtype: torch.dtype = dtype,
+            ) -> Case:  # fmt: skip
+                return Case(op, n, v, dtype, direction, formula, passes, build, group)
+
+            for label, grid in temperature_grids().items():
+                yield case(f"statistics {label}", "fwd", one, 1, partial(_statistics, temperatures=grid), "statistics")
+            for label in ("K=1", "K=8"):
+                build = partial(_statistics_backward, temperatures=temperature_grids()[label])
+                yield case(f"statistics {label}", "fwd+bwd", three, 3, build, "statistics")
+            for m in (1, 16, 256, 4096):
+                yield case(f"ranks M={m}", "fwd", one, 1, partial(_ranks, m=m), "ranks")
+            for name in ("softmax", "log_softmax"):
+                dense = partial(_dense, name=name)
+                # the forward may need the array twice: the normaliser first, then the result
+                yield case(name, "fwd", f"{three} (2 reads, 1 write)", 3, partial(dense, backward=False), "dense")
+                formula = f"{3 + 3} N V {b} B (forward 3, backward 2 reads, 1 write)"
+                yield case(name, "fwd+bwd", formula, 6, partial(dense, backward=True), "dense")
+            for name in plain.LOSSES if (n, v) == shapes[0] else ("nll",):
+                loss = partial(_loss, name=name)
+                yield case(f"loss {name}", "fwd", one, 1, partial(loss, backward=False), "losses")
+                formula = f"{three} (2 reads, 1 write)"
+                yield case(f"loss {name}", "fwd+bwd", formula, 3, partial(loss, backward=True), "losses")
+
+
+QUICK = (
+    "statistics K=1 | fp32 | 256x128256 | fwd",
+    "statistics K=1 | bf16 | 256x128256 | fwd",
+    "statistics K=8 arithmetic | fp32 | 256x128256 | fwd",
+    "ranks M=1 | fp32 | 256x128256 | fwd",
+    "ranks M=16 | fp32 | 256x128256 | fwd",
+    "softmax | fp32 | 256x128256 | fwd",
+    "loss nll | fp32 | 256x128256 | fwd+bwd",
+)

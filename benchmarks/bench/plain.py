@@ -1,0 +1,119 @@
+"""What people write today: the competitors, in plain PyTorch, and (in float64) the answers.
+
+Every function upcasts to float32 unless given float64, as careful code does. They are timed as they stand ("eager")
+and through torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problem import Outputs
+
+PerToken = Callable[[Tensor, Tensor], Tensor]
+
+
+def _up(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def statistics(logits: Tensor, target: Tensor, temperatures: Sequence[float]) -> Outputs:
+    """logsumexp, entropy, confidence and log-probability of the target: (N,), or (N, K) for K > 1 temperatures."""
+    z = _up(logits)
+    columns: list[tuple[Tensor, ...]] = []
+    for t in temperatures:
+        scaled = z if t == 1.0 else z / t
+        log_p = F.log_softmax(scaled, -1)
+        p = log_p.exp()
+        columns.append(
+            (
+                torch.logsumexp(scaled, -1),
+                -(p * log_p).sum(-1),
+                p.amax(-1),
+                log_p.gather(-1, target[:, None]).squeeze(-1),
+            )
+        )
+    stacked = [torch.stack(c, -1) if len(columns) > 1 else c[0] for c in zip(*columns)]
+    return dict(zip(("logsumexp", "entropy", "max_prob", "log_prob"), stacked))
+
+
+def ranks_brute(logits: Tensor, index: Tensor) -> Outputs:
+    """Counts of greater and equal logits for index (N, M) by comparing with each: N * M * V comparisons."""
+    thresholds = logits.gather(-1, index)[..., None]
+    rows = logits[:, None, :]
+    return {"n_greater": (rows > thresholds).sum(-1), "n_equal": (rows == thresholds).sum(-1) - 1}
+
+
+def ranks_sorted(logits: Tensor, index: Tensor) -> Outputs:
+    """The same by sorting the row and searching: the sensible way for many tokens."""
+    ordered = torch.sort(logits, -1).values
+    thresholds = logits.gather(-1, index).contiguous()
+    above = logits.shape[-1] - torch.searchsorted(ordered, thresholds, right=True)
+    below = torch.searchsorted(ordered, thresholds)
+    return {"n_greater": above, "n_equal": logits.shape[-1] - above - below - 1}
+
+
+def _target_log_prob(logits: Tensor, target: Tensor) -> Tensor:
+    return F.log_softmax(_up(logits), -1).gather(-1, target[:, None]).squeeze(-1)
+
+
+def nll(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(_up(logits), target, reduction="none")
+
+
+def _of_log_prob(formula: Callable[[Tensor], Tensor]) -> PerToken:
+    return lambda logits, target: formula(_target_log_prob(logits, target))
+
+
+def _tailr(log_p: Tensor, gamma: float, w_min: float) -> Tensor:
+    p = log_p.detach().exp()
+    return -(p / (gamma + (1 - gamma) * p)).clamp(w_min, 1.0) * log_p
+
+
+def _lambda_pr(log_p: Tensor, gamma: float, lam: float, position: float, length: float) -> Tensor:
+    p = log_p.detach().exp()
+    root = lam ** (1.0 / length)
+    delta = gamma * root / (1 - (1 - gamma) * root)
+    w = lam ** (position / (length - 1)) * (p <= delta) * p / (gamma + (1 - gamma) * p)
+    return -w * log_p
+
+
+def _gem(logits: Tensor, target: Tensor, beta: float) -> Tensor:
+    z = _up(logits)
+    log_p = F.log_softmax(z, -1)
+    q = F.softmax(z.detach() / beta, -1)
+    return -(log_p.gather(-1, target[:, None]).squeeze(-1) - (q * log_p).sum(-1))
+
+
+def _tofu(logits: Tensor, target: Tensor, gamma: float, beta: float) -> Tensor:
+    z = _up(logits)
+    log_p = F.log_softmax(z.detach(), -1).gather(-1, target[:, None]).squeeze(-1)
+    p = log_p.exp()
+    coefficient = (1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * log_p
+    return -coefficient * beta * F.log_softmax(z / beta, -1).gather(-1, target[:, None]).squeeze(-1)
+
+
+# Name in fastcalib.losses -> (its arguments, the same loss per token written out). trunc and trunc_r have a state; here
+# they keep everything, as both do until their buffer is full.
+LOSSES: dict[str, tuple[dict[str, float], PerToken]] = {
+    "nll": ({}, nll),
+    "tailr": ({"gamma": 1e-5, "w_min": 0.0}, _of_log_prob(lambda lp: _tailr(lp, 1e-5, 0.0))),
+    "lambda_pr": (
+        {"gamma": 1e-5, "lam": 0.5, "position": 10, "length": 100},
+        _of_log_prob(lambda lp: _lambda_pr(lp, 1e-5, 0.5, 10, 100)),
+    ),
+    "trunc": ({}, nll),
+    "trunc_r": ({}, nll),
+    "c_div": ({"alpha": 0.5}, _of_log_prob(lambda lp: ((0.5 * lp).exp() - 1) / (0.5 * -0.5))),
+    "gold": ({}, _of_log_prob(lambda lp: -lp.detach().exp().clamp(min=0.1) * lp)),
+    "dft": ({}, _of_log_prob(lambda lp: -lp.detach().exp() * lp)),
+    "mixce": ({"eta": 0.5}, _of_log_prob(lambda lp: -(0.5 + 0.5 * lp.detach().exp()) * lp)),
+    "gce": ({"k": 0.7}, _of_log_prob(lambda lp: (1 - (0.7 * lp).exp()) / 0.7)),
+    "focal": ({"gamma": 2.0}, _of_log_prob(lambda lp: -((1 - lp.exp()) ** 2) * lp)),
+    "gem": ({"beta": 0.7}, lambda z, t: _gem(z, t, 0.7)),
+    "tofu": ({"gamma": 3.0, "beta": 0.8}, lambda z, t: _tofu(z, t, 3.0, 0.8)),
+}

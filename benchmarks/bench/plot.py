@@ -1,0 +1,84 @@
+"""A picture of the results: our speed-up over each competitor, and how close to the pure read we run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# Okabe and Ito's palette: told apart by the colour-blind, and by lightness in grey.
+COLOURS = {"eager": "#0072B2", "torch.compile": "#E69F00", "other": "#009E73"}
+LABELS = {"eager": "eager PyTorch", "torch.compile": "torch.compile"}
+
+
+def _title(row: Row) -> str:
+    heap = ", retained heap" if row["heap"] == "retained" else ""
+    return f"{row['op']}, {row['dtype']}, {row['n']:,}×{row['v']:,}, {row['direction']}{heap}"
+
+
+def _drawn(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r["speedup"] and not r["entries"]["fastcalib"].get("unavailable")]
+
+
+def draw(document: dict[str, Any], path: str | Path) -> bool:
+    """Writes the picture. False (and nothing written) if there is no row to draw; ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    rows = _drawn(document["rows"])
+    if not rows:
+        return False
+    names = [n for n in ("eager", "torch.compile") if any(n in r["speedup"] for r in rows)]
+    height = 0.55 * len(rows) + 1.9
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, height), sharey=True, width_ratios=(3, 1), constrained_layout=True
+    )
+    thick = 0.8 / max(1, len(names))
+    for i, row in enumerate(rows):
+        for j, name in enumerate(names):
+            if name not in row["speedup"]:
+                continue
+            value = row["speedup"][name]["least"]
+            y = i + (j - (len(names) - 1) / 2) * thick
+            left.barh(y, value, height=thick * 0.92, color=COLOURS[name])
+            left.annotate(
+                f"{value:.1f}×" if value < 100 else f"{value:.0f}×",
+                (max(value, 1), y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+        if row["speed_against_read"] is not None and row["direction"] == "fwd":
+            right.plot(row["speed_against_read"], i, "D", color="#333333", markersize=6)
+            right.annotate(
+                f"{row['speed_against_read']:.2f}", (row["speed_against_read"], i),
+                xytext=(7, 0), textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+    left.set_xscale("log")
+    speeds = [r["speedup"][n]["least"] for r in rows for n in names if n in r["speedup"]]
+    left.set_xlim(min(0.5, 0.8 * min(speeds)), 1.7 * max(speeds))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.axvline(1, color="#333333", linewidth=1)
+    left.set_yticks(range(len(rows)), [_title(r) for r in rows], fontsize=9)
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_xlabel("how many times faster fastcalib is (log scale)")
+    right.axvline(1, color="#333333", linewidth=1, linestyle="--")
+    right.set_xlim(0, max(1.25, *(1.25 * (r["speed_against_read"] or 0) for r in rows if r["direction"] == "fwd"), 0))
+    right.set_xlabel("speed against a plain read\nof the same array (forward only)")
+    for axis in (left, right):
+        axis.grid(axis="x", color="#dddddd", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=COLOURS[n], label=f"against {LABELS[n]}") for n in names]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    machine = document["machine"]
+    figure.suptitle("fastcalib on a CPU", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.supxlabel(
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}",
+        fontsize=8, color="#555555", x=0.01, ha="left",
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True

@@ -1,0 +1,173 @@
+"""Results as text: for a terminal and for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .targets import format_table
+
+Row = dict[str, Any]
+TITLES = {
+    "statistics": "Statistics",
+    "ranks": "Ranks",
+    "dense": "Dense softmax",
+    "losses": "Losses",
+}
+
+
+def describe_machine(machine: dict[str, Any]) -> list[str]:
+    """The machine and the software, one fact a line."""
+    library = machine["fastcalib"]
+    return [
+        f"CPU: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used; {machine['caches']}",
+        f"memory: {machine['memory_gib']} GiB, transparent huge pages: {machine['transparent_huge_pages']}",
+        f"instruction set: {machine['isa']} (torch), {library.get('isa', 'none')} (fastcalib's kernels)",
+        f"software: {machine['system']}, Python {machine['python']}, torch {machine['torch']}, {machine['compiler']}",
+        f"fastcalib {library['version']} ({library['commit']}), backend {library.get('backend', 'none')}",
+        f"date: {machine['date']}",
+    ]
+
+
+def _number(value: float | None, pattern: str = "{:.2f}") -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def _ms(entry: Row, key: str = "median_ms") -> str:
+    value = entry[key]
+    text = f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+    return text + ("~" if entry["noisy"] else "")
+
+
+def _cells(row: Row, name: str, entry: Row) -> list[str]:
+    speedup = row["speedup"].get(name)
+    read = row["read"]
+    against = read["least_ms"] / entry["least_ms"] if read else None
+    return [
+        name,
+        _ms(entry),
+        _ms(entry, "least_ms"),
+        _number(against),
+        "" if name == "fastcalib" else _number(speedup["least"] if speedup else None, "{:.1f}x"),
+        _number(entry["extra_mb"], "{:.1f}"),
+        _number(entry["error"], "{:.0e}"),
+    ]
+
+
+HEAD = ["", "median ms", "least ms", "read/this", "fastcalib is", "extra MB", "error"]
+
+
+def format_row(row: Row) -> str:
+    """One case for a terminal: a heading line, then a line for each competitor."""
+    heap = ", retained heap" if row["heap"] == "retained" else ""
+    read = f"; pure read {_ms(row['read'])} ms" if row["read"] else ""
+    lines = [
+        f"{row['op']} | {row['dtype']} | {row['n']} x {row['v']:,} | {row['direction']}{heap}   "
+        f"[{row['bytes_formula']} = {row['bytes'] / 1e6:.0f} MB{read}]"
+    ]
+    lines.append("  {:<22}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*HEAD))
+    for name, entry in row["entries"].items():
+        if entry.get("unavailable"):
+            lines.append(f"  {name:<22}not available: {entry['unavailable']}")
+        else:
+            lines.append("  {:<22}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*_cells(row, name, entry)))
+    if row["note"]:
+        lines.append(f"  note: {row['note']}")
+    return "\n".join(lines)
+
+
+def format_scaling(scaling: dict[str, Any]) -> str:
+    """Slopes and points of each series."""
+    lines = ["Scaling (fp32; slope of log time or memory over log of what varies; 1 = proportional)"]
+    for name, s in scaling.items():
+        if "unavailable" in s:
+            lines.append(f"  {name:<30} not available: {s['unavailable']}")
+            continue
+        points = "  ".join(f"{x:g}: {t:.3g} ms" for x, t in zip(s["x"], s["least_ms"]))
+        slopes = (_number(s["slope_time"]), _number(s["slope_time_large"]), _number(s["slope_memory"]))
+        lines.append("  {:<30} time {} (large values {}), memory {}".format(name, *slopes))
+        lines.append(f"      {points}")
+    return "\n".join(lines)
+
+
+def format_overhead(overhead: dict[str, Any]) -> str:
+    """Microseconds per call."""
+    lines = ["Cost of a call (logits 1 x 32, fp32), microseconds, median (least)"]
+    for name, entry in overhead.items():
+        if "unavailable" in entry:
+            lines.append(f"  {name:<46} not available: {entry['unavailable']}")
+        else:
+            lines.append(f"  {name:<46} {entry['median_us']:8.1f} ({entry['least_us']:.1f})")
+    return "\n".join(lines)
+
+
+HOW_TO_READ = """\
+- Every line of a table is one interleaved run in one process: all competitors and the pure read take turns, warm-up is
+  outside the clock, samples taken while other processes ran are dropped (`~` marks figures for which too few remained).
+- Times are medians in milliseconds. "x read" is the speed of fastcalib as a fraction of a plain sum of the same array
+  with the same number of threads, by least times: 1.00 means as fast as merely reading the logits once. Where the array
+  fits in the caches (1 x 262,144) the read is a read of the cache.
+- Speed-ups are ratios of least times. Forward is only compared with forward, forward + backward with the same.
+- "extra MB" is the most memory resident during the call beyond what was there before, results and gradients included.
+- "error" is the largest error against float64 over the first rows, relative, or absolute below 1; of gradients,
+  relative to the largest one; of ranks, in counts.
+- "bytes" is what the job must move at least; b bytes an element.
+"""
+
+
+def _markdown_line(row: Row) -> str:
+    own = row["entries"].get("fastcalib", {"unavailable": "absent"})
+    shape = f"{row['n']:,} x {row['v']:,}"
+    what = [f"{row['op']}", row["dtype"], shape, row["bytes_formula"]]
+    if own.get("unavailable"):
+        return "| " + " | ".join([*what, f"not available: {own['unavailable']}", *[""] * 7]) + " |"
+
+    def other(name: str) -> list[str]:
+        entry = row["entries"].get(name)
+        if entry is None or entry.get("unavailable"):
+            return ["-", "-"]
+        return [_ms(entry), f"{row['speedup'][name]['least']:.1f}x"]
+
+    peers = [
+        f"{name} {row['speedup'][name]['least']:.1f}x"
+        for name, entry in row["entries"].items()
+        if name not in ("fastcalib", "eager", "torch.compile") and not entry.get("unavailable")
+    ]
+    memory = [_number(own["extra_mb"], "{:.1f}")]
+    eager = row["entries"].get("eager", {})
+    memory.append(_number(eager.get("extra_mb"), "{:.0f}"))
+    cells = [*what, _ms(own), _number(row["speed_against_read"]), *other("eager"), *other("torch.compile")]
+    cells += [", ".join(peers), " / ".join(memory), _number(own["error"], "{:.0e}")]
+    return "| " + " | ".join(cells) + " |"
+
+
+MARKDOWN_HEAD = (
+    "| job | dtype | N x V | bytes | fastcalib ms | x read | eager ms | speed-up | torch.compile ms | speed-up "
+    "| others | extra MB (ours / eager) | error |\n|---|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|"
+)
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """docs/benchmarks.md: the machine, how to read it, one table per family, direction and kind of heap."""
+    lines = ["# Benchmarks", "", "Written by `python benchmarks/run.py --markdown`; do not edit.", ""]
+    lines += [f"- {fact}" for fact in describe_machine(document["machine"])]
+    lines += ["", "How to read the tables:", "", HOW_TO_READ]
+    for group, title in TITLES.items():
+        for direction in ("fwd", "fwd+bwd"):
+            for heap in ("fresh", "retained"):
+                key = (group, direction, heap)
+                rows = [r for r in document["rows"] if (r["group"], r["direction"], r["heap"]) == key]
+                if not rows:
+                    continue
+                words = {"fwd": "forward", "fwd+bwd": "forward + backward"}[direction]
+                if direction == "fwd+bwd":
+                    words += f", {heap} gradient memory"
+                lines += [f"## {title}: {words}", "", MARKDOWN_HEAD, *map(_markdown_line, rows), ""]
+    if document["targets"]:
+        lines += ["## Figures to reach", "", "```", format_table(document["targets"]["table"]), "```", ""]
+    if document["scaling"]:
+        lines += ["## Scaling", "", "```", format_scaling(document["scaling"]), "```", ""]
+    if document["overhead"]:
+        lines += ["## Cost of a call", "", "```", format_overhead(document["overhead"]), "```", ""]
+    lines += ["## Peers", "", "| package | version | what was compared |", "|---|---|---|"]
+    lines += [f"| {p['name']} | {p['version'] or 'not installed'} | {p['note']} |" for p in document["peers"]]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,164 @@
+"""Benchmark of fastcalib against eager PyTorch, torch.compile and its peers, beside what the machine's memory allows.
+
+    python benchmarks/run.py                  every row (half an hour or more)
+    python benchmarks/run.py --quick          seven rows, about a minute
+    python benchmarks/run.py --targets        the table of figures to reach, with pass or FAIL
+    python benchmarks/run.py --scaling        time and memory against V, N, K and M, with fitted slopes
+    python benchmarks/run.py --overhead       microseconds per call on tiny logits
+    python benchmarks/run.py --only 'ranks.*bf16' --json out.json --plot out.png --markdown out.md
+
+Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench.cases import QUICK, Case, all_cases
+from bench.machine import describe
+from bench.memory import RETAINED_HEAP
+from bench.overhead import run_overhead
+from bench.peers import survey
+from bench.plot import draw
+from bench.report import describe_machine, format_overhead, format_row, format_scaling, markdown
+from bench.scaling import run_scaling
+from bench.suite import SCHEMA, Settings, run_cases, validate
+from bench.target_runs import retained_run, run_targets
+from bench.targets import format_table
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="seven rows and short sampling")
+    add("--targets", action="store_true", help="only the table of figures to reach")
+    add("--scaling", action="store_true", help="only the growth of time and memory")
+    add("--overhead", action="store_true", help="only the cost of a call")
+    add("--all", action="store_true", help="rows, targets, scaling and overhead")
+    add("--only", metavar="REGEX", help="only rows whose name matches, e.g. 'statistics K=1 .*fp32.*fwd$'")
+    add("--list", action="store_true", help="print the names of the rows and stop")
+    heaps = "gradients in fresh memory, in a child process that keeps its heap, or both (default, unless --quick)"
+    add("--heap", choices=("fresh", "retained", "both"), default=None, help=heaps)
+    add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s, as torch")
+    add("--rounds", type=int, default=None, help="undisturbed samples of each competitor (default 9, quick 3)")
+    add("--budget", type=float, default=None, help="seconds of sampling per row (default 20, quick 5)")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--json", metavar="FILE", help="write everything measured")
+    add("--plot", metavar="FILE.png", help="write a picture of the rows")
+    add("--markdown", metavar="FILE.md", help="write the tables, with the machine described")
+    add("--from-json", metavar="FILE", help="measure nothing: tables and picture from an earlier --json")
+    add("--retained-child", metavar="FILE", help=argparse.SUPPRESS)
+    add("--backward-only", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def choose(options: argparse.Namespace) -> list[Case]:
+    """The rows asked for."""
+    cases = list(all_cases())
+    if options.quick and not options.only:
+        cases = [c for c in cases if c.name in QUICK]
+    if options.only:
+        cases = [c for c in cases if re.search(options.only, c.name)]
+    if options.backward_only:
+        cases = [c for c in cases if c.direction == "fwd+bwd"]
+    return cases
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    return Settings(
+        threads=options.threads,
+        rounds=options.rounds or (3 if options.quick else 9),
+        budget=options.budget or (5.0 if options.quick else 20.0),
+        compile=not options.no_compile,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+
+
+def child_arguments(settings: Settings) -> list[str]:
+    """Options that make a child process measure as we do."""
+    arguments = ["--threads", settings.threads, "--rounds", settings.rounds, "--budget", settings.budget]
+    return [str(a) for a in arguments] + ([] if settings.compile else ["--no-compile"])
+
+
+def retained_rows(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]]:
+    """The rows with a gradient once more, in a child process whose heap keeps what is freed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, str(Path(__file__).resolve()), *child_arguments(settings)]
+        command += ["--heap", "fresh", "--backward-only", "--json", str(out)]
+        command += ["--quick"] if options.quick else []
+        command += ["--only", options.only] if options.only else []
+        done = subprocess.run(command, env={**os.environ, **RETAINED_HEAP}, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode or not out.exists():
+            print("rows with a retained heap: the child process failed, left out", file=sys.stderr)
+            return []
+        rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+        return rows
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs what was asked for and prints it on the way."""
+    torch.set_num_threads(options.threads)
+    settings = settings_of(options)
+    machine = describe(options.threads)
+    print("\n".join(describe_machine(machine)))
+    if machine["fastcalib"].get("backend") != "cpp":
+        print("NOTE: the C++ kernels are not live; rows called fastcalib are its eager reference")
+    everything = not (options.targets or options.scaling or options.overhead)
+    document: dict[str, Any] = {"schema": SCHEMA, "machine": machine, "peers": [asdict(p) for p in survey()]}
+    document |= {"rows": [], "targets": None, "scaling": None, "overhead": None}
+    if everything or options.all:
+        heap = options.heap or ("fresh" if options.quick else "both")
+        cases = choose(options)
+        if heap in ("fresh", "both"):
+            document["rows"] += run_cases(cases, settings)
+        if heap in ("retained", "both") and any(c.direction == "fwd+bwd" for c in cases):
+            document["rows"] += retained_rows(options, settings)
+        print("\n" + "\n\n".join(format_row(row) for row in document["rows"]))
+    if options.targets or options.all:
+        document["targets"] = run_targets(settings, child_arguments(settings))
+        print("\n" + format_table(document["targets"]["table"]))
+    if options.scaling or options.all:
+        document["scaling"] = run_scaling(settings, options.quick)
+        print("\n" + format_scaling(document["scaling"]))
+    if options.overhead or options.all:
+        document["overhead"] = run_overhead(settings)
+        print("\n" + format_overhead(document["overhead"]))
+    return document
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.list:
+        print("\n".join(case.name for case in choose(options)))
+        return 0
+    if options.retained_child:
+        torch.set_num_threads(options.threads)
+        Path(options.retained_child).write_text(json.dumps(retained_run(settings_of(options)).times()))
+        return 0
+    document = json.loads(Path(options.from_json).read_text()) if options.from_json else measure_all(options)
+    validate(document)
+    for target in (options.json, options.plot, options.markdown):
+        if target:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+    if options.markdown:
+        Path(options.markdown).write_text(markdown(document))
+    if options.plot and not draw(document, options.plot):
+        print("nothing to draw: no row has a competitor", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
