@@ -46,14 +46,15 @@ def statistics(
         s0 = torch.where(dead, 1.0, e.sum(-1))
         log_s0 = s0.log()
         p = e / s0[:, None]
-        y1 = (p * y).sum(-1)
+        present = torch.where(p > 0, y, 0.0)  # a mask of finfo.min: 0 * y^2 would be 0 * inf
+        y1 = (p * present).sum(-1)
         values = {
             "logsumexp": b * m + log_s0,
             "entropy": log_s0 - b * y1,
             "max_prob": (b * y_top - log_s0).exp(),
             "collision": (p * p).sum(-1),
             "mean_logit": m + y1,
-            "var_logit": (p * (y - y1[:, None]) ** 2).sum(-1),
+            "var_logit": (p * (present - y1[:, None]) ** 2).sum(-1),
         }
         for name, value in values.items():
             value = torch.where(dead, torch.nan, value)
