@@ -334,8 +334,8 @@ def _kernel_chunk(
         fields, selected = packed, log_prob
         if not job.several:
             fields, selected = packed.squeeze(-1), log_prob.squeeze(-1)
-        per_row: Any = (*fields.unbind(0), argmax, *scalars.unbind(0), saved[:, 0])
-        stats = TokenStatistics(*per_row, selected, None, None, None)
+        per_row = (*fields.unbind(0), argmax, *scalars.unbind(0), saved[:, 0], selected, None, None, None)
+        stats = TokenStatistics._make(per_row)
         loss = job.per_token(stats, part)
     if out is not None and scale is not None:
         if loss.requires_grad:
@@ -345,8 +345,9 @@ def _kernel_chunk(
         else:  # a constant loss
             upstream = tuple(torch.zeros_like(t) for t in small)
         backward_into(
-            out, *upstream, rows, temperature, target, 1, None, packed.detach(), scalars.detach(), saved, width, ignore
-        )
+            out, upstream[0], upstream[1], upstream[2], rows, temperature, target, 1, None,
+            packed.detach(), scalars.detach(), saved, width, ignore,
+        )  # fmt: skip
     return loss.detach(), selected.detach()
 
 

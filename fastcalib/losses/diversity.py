@@ -39,8 +39,8 @@ def gem(logits: Tensor, target: Tensor, *, beta: float = 0.7, **options: Unpack[
     """GEM: game-theoretic entropy maximisation; fits the target while keeping the model's diversity.
 
     Per token ``-sum_v sg(q_v) (log p_y - log p_v)`` with p = softmax(logits / T), q = softmax(logits / (beta T)), y the
-    target (sg: no gradient). The gradient is (q - onehot) / T: the coefficient is 1, and q takes the place of the
-    softmax. The value may be negative. Only q is computed unless label smoothing, z_loss or the entropy bonus need p
+    target (sg: no gradient). The gradient is (q - onehot) / T: c(p) = 1, and q takes the place of the softmax.
+    The value may be negative. Only q is computed unless label smoothing, z_loss or the entropy bonus need p
     too; a temperature *tensor* then costs a second read.
 
     Args:

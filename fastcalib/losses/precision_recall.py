@@ -145,7 +145,7 @@ def lambda_pr(
     *,
     lam: float,
     gamma: float = 1e-5,
-    position: Tensor | None = None,
+    position: Tensor | int | None = None,
     length: Tensor | int | None = None,
     **options: Unpack[CallOptions],
 ) -> Tensor:
