@@ -229,17 +229,18 @@ class _Job:
     chunk_size: int
 
     def run(self, logits: Tensor, gradient: Tensor | None) -> Tensor:
-        """The reduced loss; writes the gradient, shaped like the logits, where one is given."""
+        """The reduced loss; writes the gradient where one is given: the logits themselves, or a contiguous tensor."""
         remembers = isinstance(self.loss_fn, TokenLoss) and type(self.loss_fn).observe is not TokenLoss.observe
         kernel = resolve(self.settings.backend, logits.device) != "eager"
         chunk = _kernel_chunk if kernel else _eager_chunk
         scale = self._scale(logits) if gradient is not None else None
         losses, log_probs = [], []
-        outputs = _chunks(gradient, self.chunk_size) if gradient is not None else iter(lambda: None, 0)
+        flat = None if gradient is None or gradient is logits else gradient.view(-1, logits.shape[-1])
         stop = 0
-        for rows, out in zip(_chunks(logits, self.chunk_size), outputs):
+        for rows in _chunks(logits, self.chunk_size):
             start, stop = stop, stop + rows.shape[:-1].numel()
-            loss, log_prob = chunk(self, rows, slice(start, stop), scale, out)
+            out = rows if flat is None else flat[start:stop]
+            loss, log_prob = chunk(self, rows, slice(start, stop), scale, out if gradient is not None else None)
             losses.append(loss)
             if remembers:
                 log_probs.append(log_prob)
@@ -356,8 +357,9 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, job: _Job, inplace: bool) -> Tensor:
-        gradient = logits.detach() if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        loss = job.run(logits.detach(), gradient)
+        values = logits.detach()
+        gradient = values if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        loss = job.run(values, gradient)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         # Not save_for_backward: the gradient must be let go when it is handed out, so that the logits' accumulator can

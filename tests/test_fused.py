@@ -1,0 +1,394 @@
+"""fused_loss: the number and gradient of the unfused path for any loss, chunk and layout; in place; memory; errors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastcalib
+from fastcalib import TokenStatistics, fused, losses
+from fastcalib.fused import fused_loss
+
+from .cases import LAYOUTS, random_logits
+from .losses import CASES, Case, case_id, split
+from .test_losses import TARGET, N, V, every_loss, sharp_logits
+
+
+def with_ignored() -> Tensor:
+    target = TARGET.clone()
+    target[3] = target[6] = -100
+    return target
+
+
+def result(loss: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), gradient
+
+
+def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exactly: bool = True) -> None:
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if exactly:
+            assert torch.equal(a, b), f"off by {(a - b).abs().max():.3g}"
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@every_loss
+@pytest.mark.parametrize("chunk_size", [1, 3, N, None])
+def test_every_loss_is_the_unfused_one_bit_for_bit(case: Case, chunk_size: int | None, backend: str) -> None:
+    own, tokens = split(case)
+    logits, target = sharp_logits(torch.float32).requires_grad_(), with_ignored()
+    for options in (
+        {},
+        {"reduction": "sum", "temperature": 0.7},
+        {"label_smoothing": 0.1, "z_loss": 0.01, "entropy_bonus": 0.2, "temperature": torch.linspace(0.5, 2, N)},
+    ):
+        module = own.make(**options, backend=backend)
+        given = {**tokens, "weight": torch.linspace(-1, 2, N)}
+        want = result(module(logits, target, **given), logits)
+        got = result(fused_loss(logits, target, module, chunk_size=chunk_size, **given), logits)
+        # A regulariser may bring the statistics' axis of temperatures in another order of summation: the last bit.
+        assert_same(got, want, exactly="temperature" not in options)
+
+
+def brier(stats: TokenStatistics, target: Tensor) -> Tensor:
+    return 1 - 2 * stats.log_prob.exp() + stats.collision
+
+
+def everything(stats: TokenStatistics, target: Tensor, *, weight: Tensor, scale: float) -> Tensor:
+    """Uses each smooth field, a sliced token argument, a constant and the target."""
+    total = stats.logsumexp * 0.1 + stats.entropy + stats.max_prob**2 + stats.collision + 0.1 * stats.mean_logit
+    total = total + 0.01 * stats.var_logit.sqrt() + 0.01 * stats.sum_logits + stats.std_logits.square() - stats.log_prob
+    return total * weight * scale + (target % 3) * stats.entropy
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, N])
+def test_a_users_own_loss(chunk_size: int, backend: str) -> None:
+    logits, target = sharp_logits().requires_grad_(), with_ignored()
+    kept = target != -100
+    for loss_fn, given in ((brier, {}), (everything, {"weight": torch.linspace(-1, 2, N), "scale": 0.5})):
+        stats = fastcalib.statistics(logits, target, 0.8, backend=backend)
+        per_token = torch.where(kept, loss_fn(stats, target, **given), 0.0)
+        want = result(per_token.sum() / kept.sum(), logits)
+        got = fused_loss(logits, target, loss_fn, temperature=0.8, chunk_size=chunk_size, backend=backend, **given)
+        got = result(got, logits)
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
+
+
+def test_a_users_loss_at_several_temperatures(backend: str) -> None:
+    def contrast(stats: TokenStatistics, target: Tensor) -> Tensor:
+        assert stats.entropy.shape == (*target.shape, 2)
+        return (stats.log_prob[:, 0] - 2 * stats.log_prob[:, 1]) * stats.entropy[:, 1]
+
+    logits = sharp_logits().requires_grad_()
+    stats = fastcalib.statistics(logits, TARGET, [0.5, 1.5], backend=backend)
+    want = result(contrast(stats, TARGET).mean(), logits)
+    got = result(fused_loss(logits, TARGET, contrast, temperature=[0.5, 1.5], chunk_size=3, backend=backend), logits)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
+
+    contrast.temperatures = (1.0, 3.0)  # type: ignore[attr-defined]
+    for temperature in (0.5, torch.full((N,), 0.5, dtype=torch.float64)):
+        got = fused_loss(logits, TARGET, contrast, temperature=temperature, chunk_size=3, backend=backend)
+        torch.testing.assert_close(result(got, logits), want, rtol=1e-13, atol=1e-14)
+    with pytest.raises(ValueError, match="not by both"):
+        fused_loss(logits, TARGET, contrast, temperature=[0.5, 1.5])
+
+
+def test_a_bound_method_and_a_constant_are_losses_too(backend: str) -> None:
+    logits = sharp_logits().requires_grad_()
+    holder = SimpleNamespace(loss=lambda stats, target: -2 * stats.log_prob)
+    loss = fused_loss(logits, TARGET, holder.loss, backend=backend)
+    torch.testing.assert_close(loss, 2 * losses.nll(logits, TARGET))
+    _, gradient = result(fused_loss(logits, TARGET, lambda s, t: torch.ones(t.shape[0]), backend=backend), logits)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dtypes(dtype: torch.dtype, inplace: bool, backend: str) -> None:
+    leaf = sharp_logits(dtype).requires_grad_()
+    loss = losses.TailrLoss(gamma=0.01, backend=backend)
+    want = result(loss(leaf, TARGET), leaf)
+    logits = leaf.clone()
+    got = fused_loss(logits, TARGET, loss, inplace_backward=inplace, chunk_size=3)
+    assert_same(result(got, leaf), want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 8, 100])
+def test_layouts(layout: str, chunk_size: int, backend: str) -> None:
+    """A chunk may be a part of a sequence, a sequence, or several with a gap between them."""
+    base = random_logits(5, 4, V)
+    target = torch.arange(20).view(5, 4)
+    target[1, 2] = -100
+    logits = LAYOUTS[layout](base).requires_grad_()
+    want = result(losses.nll(base.requires_grad_(), target, backend=backend), base)
+    got = result(fused_loss(logits, target, losses.NLLLoss(backend=backend), chunk_size=chunk_size), logits)
+    assert_same(got, want)
+
+
+def test_vocabulary_padding_and_options_of_the_call_win(backend: str) -> None:
+    padded = torch.nn.functional.pad(sharp_logits(), (0, 5), value=50.0).requires_grad_()
+    module = losses.NLLLoss(label_smoothing=0.1, ignore_index=3, temperature=5.0, reduction="mean", backend=backend)
+    target = with_ignored()
+    given = {"ignore_index": -100, "temperature": 0.9, "reduction": "sum", "vocab_size": V}
+    loss, gradient = result(fused_loss(padded, target, module, chunk_size=3, **given), padded)
+    want = losses.nll(padded, target, label_smoothing=0.1, backend=backend, **given)
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(want, padded)[0], rtol=1e-12, atol=1e-14)
+    assert (gradient[:, V:] == 0).all()
+
+
+def test_num_items_in_batch(backend: str) -> None:
+    logits, module = sharp_logits().requires_grad_(), losses.GCELoss(backend=backend)
+    for items in (40, torch.tensor(40)):
+        want = result(module(logits, TARGET, num_items_in_batch=items), logits)
+        assert_same(result(fused_loss(logits, TARGET, module, num_items_in_batch=items, chunk_size=3), logits), want)
+
+
+def test_nothing_kept_and_no_rows(backend: str) -> None:
+    module = losses.NLLLoss(backend=backend)
+    logits = sharp_logits().requires_grad_()
+    loss, gradient = result(fused_loss(logits, torch.full((N,), -100), module, chunk_size=3), logits)
+    assert loss.isnan() and (gradient == 0).all()
+    empty = torch.zeros(2, 0, V, requires_grad=True)
+    loss, gradient = result(fused_loss(empty, torch.zeros(2, 0, dtype=torch.int64), module), empty)
+    assert loss.isnan() and gradient.shape == empty.shape
+    assert fused_loss(empty, torch.zeros(2, 0, dtype=torch.int64), module, reduction="sum") == 0
+
+
+def test_ignored_rows_may_hold_nan(backend: str) -> None:
+    logits, target = sharp_logits(), with_ignored()
+    want = result(fused_loss(z := logits.clone().requires_grad_(), target, brier, backend=backend), z)
+    logits[3], logits[6] = torch.nan, torch.inf
+    got = result(fused_loss(z := logits.clone().requires_grad_(), target, brier, chunk_size=3, backend=backend), z)
+    assert_same(got, want)
+
+
+def test_truncation_sees_a_batch_as_one_however_it_is_cut(backend: str) -> None:
+    whole, cut = (losses.TruncLoss(drop=0.5, buffer_size=6, backend=backend) for _ in range(2))
+    logits = sharp_logits(torch.float32).requires_grad_()
+    for step in range(4):
+        z = logits / (step + 1)
+        want, got = whole(z, with_ignored()), fused_loss(z, with_ignored(), cut, chunk_size=3)
+        assert torch.equal(got, want)
+        for a, b in zip(whole.buffers(), cut.buffers()):
+            assert torch.equal(a, b)
+
+
+# Gradients on demand
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, module = sharp_logits(), losses.NLLLoss(backend=backend)
+    want = module(logits, TARGET)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr(fused, "backward_into", never)
+    monkeypatch.setattr(torch.autograd, "grad", never)
+    before = logits.clone()
+    for inplace in (False, True):
+        loss = fused_loss(logits, TARGET, module, inplace_backward=inplace)
+        assert torch.equal(loss, want) and not loss.requires_grad
+        with torch.no_grad():
+            loss = fused_loss(logits.clone().requires_grad_(), TARGET, module, inplace_backward=inplace)
+        assert torch.equal(loss, want) and not loss.requires_grad
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_upstream_gradient_scales(inplace: bool, backend: str) -> None:
+    leaf, module = sharp_logits().requires_grad_(), losses.NLLLoss(backend=backend)
+    (want,) = torch.autograd.grad(module(leaf, TARGET), leaf)
+    loss = fused_loss(leaf * 1, TARGET, module, inplace_backward=inplace)
+    (got,) = torch.autograd.grad(loss * -0.25 + 3, leaf)
+    assert torch.equal(got, want * -0.25)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_second_backward_is_refused(inplace: bool, backend: str) -> None:
+    leaf = sharp_logits().requires_grad_()
+    loss = fused_loss(leaf * 1, TARGET, losses.NLLLoss(backend=backend), inplace_backward=inplace)
+    (loss * 0.5).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_gradient_accumulates_over_calls(backend: str) -> None:
+    leaf, module = sharp_logits().requires_grad_(), losses.NLLLoss(backend=backend)
+    (want,) = torch.autograd.grad(module(leaf, TARGET), leaf)
+    for _ in range(2):
+        fused_loss(leaf, TARGET, module).backward()
+    assert torch.equal(leaf.grad, 2 * want)
+
+
+def test_the_gradient_is_handed_over_not_copied(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaf = sharp_logits(torch.float32).requires_grad_()
+    held: list[int] = []
+    original = fused._Job.run
+
+    def run(self: fused._Job, logits: Tensor, gradient: Tensor | None) -> Tensor:
+        assert gradient is not None
+        held.append(gradient.data_ptr())
+        return original(self, logits, gradient)
+
+    monkeypatch.setattr(fused._Job, "run", run)
+    fused_loss(leaf, TARGET, losses.NLLLoss(backend=backend)).backward()
+    assert leaf.grad is not None and held == [leaf.grad.data_ptr()]
+
+
+# In place
+
+
+def test_in_place_writes_the_gradient_over_the_logits(backend: str) -> None:
+    hidden = torch.randn(N, 4, requires_grad=True)
+    weight = torch.randn(V, 4, requires_grad=True)
+    module = losses.FocalLoss(backend=backend)
+    want = torch.autograd.grad(module(hidden @ weight.T, TARGET), (hidden, weight))
+    logits = hidden @ weight.T
+    version, memory = logits._version, logits.data_ptr()
+    loss = fused_loss(logits, TARGET, module, inplace_backward=True, chunk_size=3)
+    assert logits._version > version and logits.data_ptr() == memory
+    assert logits.detach().sum(-1).abs().max() < 1e-6  # gradients of a softmax add up to 0
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want):
+        torch.testing.assert_close(a, b)
+
+
+def test_in_place_on_a_shifted_view_leaves_the_rest_alone(backend: str) -> None:
+    leaf, target = random_logits(2, 5, V).requires_grad_(), TARGET.view(2, 4)
+    module = losses.NLLLoss(backend=backend)
+    want = result(module(leaf[:, :-1], target), leaf)
+    full = leaf * 1
+    last = full[:, -1].detach().clone()
+    got = fused_loss(full[:, :-1], target, module, inplace_backward=True, chunk_size=3)
+    assert torch.equal(full[:, -1].detach(), last)
+    assert_same(result(got, leaf), want)
+
+
+def test_autograd_notices_that_the_logits_are_gone(backend: str) -> None:
+    leaf = sharp_logits().requires_grad_()
+    logits = leaf.exp()  # exp saves its output for backward
+    loss = fused_loss(logits, TARGET, losses.NLLLoss(backend=backend), inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_logits_modified_after_an_in_place_loss_are_noticed(backend: str) -> None:
+    logits = sharp_logits().requires_grad_() * 1
+    loss = fused_loss(logits, TARGET, losses.NLLLoss(backend=backend), inplace_backward=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="the logits hold the gradient"):
+        loss.backward()
+
+
+def test_in_place_is_refused_where_it_would_destroy(backend: str) -> None:
+    leaf, module = sharp_logits().requires_grad_(), losses.NLLLoss(backend=backend)
+    for logits in (leaf, leaf.view(2, 4, V)):
+        with pytest.raises(ValueError, match="leaf tensor"):
+            fused_loss(logits, TARGET.view(logits.shape[:-1]), module, inplace_backward=True)
+    row = (leaf * 1)[0]
+    with pytest.raises(ValueError, match="share memory"):
+        fused_loss(row.expand(N, V), TARGET, module, inplace_backward=True)
+    windows = (leaf * 1).view(-1).as_strided((4, V), (2, 1))
+    with pytest.raises(ValueError, match="share memory"):
+        fused_loss(windows, TARGET[:4], module, inplace_backward=True)
+    with pytest.raises(ValueError, match="adjacent columns"):
+        fused_loss((leaf.T * 1).contiguous().T, TARGET, module, inplace_backward=True)
+    # out of place all of them are fine
+    want = losses.nll(row.expand(N, V), TARGET)
+    torch.testing.assert_close(fused_loss(row.expand(N, V), TARGET, module), want)
+
+
+# Memory
+
+
+class PeakTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Largest storage allocated by an operation inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_in_place_needs_no_temporary_of_the_size_of_a_row(case: Case, cpp_backend: str) -> None:
+    """Neither the gradient, nor anything else with an axis of V, is ever allocated."""
+    own, tokens = split(case)
+    vocabulary = 50_000
+    logits = (random_logits(N, vocabulary).requires_grad_() * 1).detach().requires_grad_() * 1
+    module = own.make(label_smoothing=0.1, backend=cpp_backend)
+    with PeakTensor() as peak:
+        peak.known.add(logits.untyped_storage().data_ptr())
+        fused_loss(logits, TARGET, module, inplace_backward=True, chunk_size=3, **tokens)
+    assert 0 < peak.largest < vocabulary
+
+
+def test_out_of_place_allocates_the_gradient_alone(cpp_backend: str) -> None:
+    logits = random_logits(N, 50_000).requires_grad_()
+    with PeakTensor() as peak:
+        fused_loss(logits, TARGET, losses.NLLLoss(backend=cpp_backend), chunk_size=3)
+    assert peak.largest == logits.untyped_storage().nbytes()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"reduction": "none"}, ValueError, "call the loss itself for per-token values"),
+        ({"reduction": "average"}, ValueError, "reduction must be"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of rows or None, got 0"),
+        ({"chunk_size": 2.5}, ValueError, "chunk_size"),
+        ({"temperature": -1.0}, ValueError, "temperature must be positive"),
+        ({"temperature": torch.ones(3)}, ValueError, "broadcast"),
+        ({"num_items_in_batch": 0}, ValueError, "must be positive"),
+        ({"weight": torch.ones(3)}, ValueError, "weight must broadcast"),
+        ({"weight": torch.ones(N, requires_grad=True)}, ValueError, "weight requires a gradient, but only the logits"),
+        ({"temperature": torch.ones(N, requires_grad=True)}, ValueError, "temperature requires a gradient"),
+        ({"wieght": torch.ones(N)}, TypeError, r"nll\(\) got an unexpected keyword argument 'wieght'"),
+        ({"vocab_size": V + 1}, ValueError, "vocab_size"),
+    ],
+)
+def test_bad_arguments(given: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        fused_loss(sharp_logits().requires_grad_(), TARGET, losses.NLLLoss(), **given)
+
+
+def test_bad_losses_and_targets() -> None:
+    logits = sharp_logits().requires_grad_()
+    with pytest.raises(ValueError, match=r"one loss a token, shape \(8,\), got \(\)"):
+        fused_loss(logits, TARGET, lambda stats, target: stats.entropy.sum())
+    with pytest.raises(TypeError, match="must be a loss module or a callable, got str"):
+        fused_loss(logits, TARGET, "nll")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="integer dtype"):
+        fused_loss(logits, torch.rand(N), losses.NLLLoss())
+    with pytest.raises(ValueError, match="outside"):
+        fused_loss(logits, torch.full((N,), V), losses.NLLLoss(), chunk_size=3)
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, stats: TokenStatistics, target: Tensor) -> Tensor:
+            return -stats.log_prob * self.scale
+
+    with pytest.raises(ValueError, match=r"loss_fn\.scale requires a gradient"):
+        fused_loss(logits, TARGET, Learned())
+    fused_loss(logits, TARGET, Learned().requires_grad_(False))
