@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.types import TokenStatistics
 from .ranks import ranks as eager_ranks
-from .softmax import shifted
+from .softmax import shifted, statistics_dtype
 
 
 def statistics(
@@ -24,9 +24,12 @@ def statistics(
 
     Fields over temperatures come out (N, K), selected tokens (nnz, K), counts (nnz,). Rows in ``skipped`` (N,) are 0.
     """
-    y, masked, dead, m = shifted(logits)
+    # Widened once: two casts would round a bfloat16 gradient twice.
+    z = logits.to(statistics_dtype(logits.dtype))
+    if skipped is not None:
+        z = torch.where(skipped[:, None], 0.0, z)  # gradient exactly 0, whatever stands there
+    y, masked, dead, m = shifted(z)
     dtype = y.dtype
-    z = logits.to(dtype)
     keep = skipped if skipped is not None else torch.zeros_like(dead)
     undefined = dead | ~m.isfinite()
     ids, ignored = None, None
@@ -73,7 +76,7 @@ def statistics(
     mean = total / n.clamp(min=1)
     spread = torch.where(masked, 0.0, (finite_z - mean[:, None]) ** 2).sum(-1) / (n - 1).clamp(min=1)
     std = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).sqrt(), spread)
-    total = torch.where(masked.any(-1), -torch.inf, total)
+    total = torch.where(masked.any(-1), total - torch.inf, total)  # finite ones keep their gradient
     total, std = (torch.where(undefined, torch.nan, x) for x in (total, std))
 
     counts = None
