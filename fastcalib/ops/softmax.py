@@ -7,18 +7,25 @@ from torch import Tensor
 
 from .. import eager
 from ..backends import extension, resolve
+from ..eager.softmax import statistics_dtype
 from ._arguments import Temperature, check_logits, normalise_temperature, row_layout
 from ._library import LIBRARY
 
-LIBRARY.define("softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log) -> Tensor")
+LIBRARY.define("softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log) -> (Tensor output, Tensor logsumexp)")
 LIBRARY.define(
-    "softmax_backward(Tensor grad, Tensor output, Tensor temperature, SymInt vocab_size, bool log, bool temperature_grad) "
-    "-> (Tensor, Tensor)"
+    "softmax_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor temperature, SymInt vocab_size, bool log, bool temperature_grad) "
+    "-> (Tensor grad_logits, Tensor grad_temperature)"
 )
 
 
-def _forward_cpu(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _allocate(logits: Tensor) -> tuple[Tensor, Tensor]:
+    # logsumexp tells backward a row of -inf (gradient 0) from one with a NaN (gradient NaN): the output is NaN for both.
+    logsumexp = torch.empty(logits.shape[:-1].numel(), dtype=statistics_dtype(logits.dtype), device=logits.device)
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), logsumexp
+
+
+def _forward_cpu(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> tuple[Tensor, Tensor]:
+    out, logsumexp = _allocate(logits)
     layout, temperature = row_layout(logits), temperature.contiguous()
     extension().softmax_forward(
         *layout.args(),
@@ -27,14 +34,21 @@ def _forward_cpu(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool
         temperature.data_ptr(),
         temperature.shape[0],
         out.data_ptr(),
+        logsumexp.data_ptr(),
         log,
         torch.get_num_threads(),
     )
-    return out
+    return out, logsumexp
 
 
 def _backward_cpu(
-    grad: Tensor, output: Tensor, temperature: Tensor, vocab_size: int, log: bool, temperature_grad: bool
+    grad: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    log: bool,
+    temperature_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     layout, temperature = row_layout(grad), temperature.contiguous()
     output = output.contiguous()
@@ -45,6 +59,7 @@ def _backward_cpu(
         vocab_size,
         grad.shape[-1],
         output.data_ptr(),
+        logsumexp.data_ptr(),
         temperature.data_ptr(),
         temperature.shape[0],
         grad_logits.data_ptr(),
@@ -55,12 +70,18 @@ def _backward_cpu(
     return grad_logits, per_row
 
 
-def _forward_fake(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _forward_fake(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> tuple[Tensor, Tensor]:
+    return _allocate(logits)
 
 
 def _backward_fake(
-    grad: Tensor, output: Tensor, temperature: Tensor, vocab_size: int, log: bool, temperature_grad: bool
+    grad: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    log: bool,
+    temperature_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     n_rows = grad.shape[:-1].numel() if temperature_grad else 0
     return (
@@ -69,18 +90,19 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
     _, temperature, vocab_size, log = inputs
-    ctx.save_for_backward(output, temperature)  # type: ignore[attr-defined]
+    ctx.mark_non_differentiable(output[1])  # type: ignore[attr-defined]
+    ctx.save_for_backward(*output, temperature)  # type: ignore[attr-defined]
     ctx.constants = (vocab_size, log)  # type: ignore[attr-defined]
 
 
-def _autograd(ctx: object, grad: Tensor) -> tuple:
-    output, temperature = ctx.saved_tensors  # type: ignore[attr-defined]
+def _autograd(ctx: object, grad: Tensor, _: Tensor) -> tuple:
+    output, logsumexp, temperature = ctx.saved_tensors  # type: ignore[attr-defined]
     vocab_size, log = ctx.constants  # type: ignore[attr-defined]
     needs_logits, needs_temperature = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
     grad_logits, per_row = torch.ops.fastcalib.softmax_backward(
-        grad, output, temperature, vocab_size, log, needs_temperature
+        grad, output, logsumexp, temperature, vocab_size, log, needs_temperature
     )
     grad_temperature = None
     if needs_temperature:
@@ -106,7 +128,7 @@ def _call(logits: Tensor, temperature: float | Tensor, vocab_size: int | None, b
         )
     temperatures, _ = normalise_temperature(temperature, logits)
     if resolve(backend, logits.device) != "eager":
-        return torch.ops.fastcalib.softmax(logits, temperatures, width, log)
+        return torch.ops.fastcalib.softmax(logits, temperatures, width, log)[0]
     flat = logits[..., :width].reshape(-1, width)
     out = (eager.log_softmax if log else eager.softmax)(flat, temperatures)
     out = out.reshape(*logits.shape[:-1], width)

@@ -55,7 +55,7 @@ def _allocate(logits: Tensor, temperature: Tensor, index: Tensor | None, ranks: 
         new(counted, dtype=torch.int64),
         new(counted, dtype=torch.int64),
         new(counted, k),
-        new(n_rows, 1 + 2 * k),  # max z; then log s0 and s1/s0 of each temperature
+        new(n_rows, 3 + 2 * k),  # max z, mean z - max z, finite logits; then log s0 and E[z] - max z of each temperature
     )
 
 
@@ -231,7 +231,7 @@ def _temperature_gradient(
     g_logsumexp, g_entropy, g_max_prob, g_collision, g_mean, g_var = grad_rows.unbind(0)
     _, _, max_prob, collision, mean_logit, var_logit = rows.unbind(0)
     k = temperature.shape[1]
-    log_s0, y1 = saved[:, 1 : 1 + k], saved[:, 1 + k :]
+    log_s0, y1 = saved[:, 3 : 3 + k], saved[:, 3 + k :]
     b = (1.0 / temperature).to(rows.dtype)
     half = torch.ops.fastcalib.statistics(logits, temperature / 2, None, 0, None, vocab_size, ignore_index, False)
     third = _third_central_moment(logits, temperature, vocab_size)
@@ -240,7 +240,7 @@ def _temperature_gradient(
         g_logsumexp * mean_logit
         - g_entropy * b * var_logit
         - g_max_prob * max_prob * y1
-        + g_collision * 2 * collision * (half[7][:, 1 + k :] - y1)
+        + g_collision * 2 * collision * (half[7][:, 3 + k :] - y1)
         + g_mean * var_logit
         + g_var * third
     )

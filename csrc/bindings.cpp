@@ -1,0 +1,155 @@
+// fastcalib._C: thin bindings of raw pointers, sizes and strides. No torch headers, so one build serves every torch.
+// fastcalib/ops/ is the only caller and keeps the tensors alive; the GIL is released while kernels run.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace py = pybind11;
+using namespace fastcalib;
+
+namespace {
+
+template <class T> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
+void* ptr(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+int64_t statistics(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                   int64_t vocab, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t ids,
+                   int64_t per_row, uintptr_t offsets, int64_t ignore_index, bool ranks, uintptr_t out_rows,
+                   uintptr_t scalars, uintptr_t log_prob, uintptr_t argmax, uintptr_t n_greater, uintptr_t n_equal,
+                   uintptr_t mass_greater, uintptr_t saved, int threads) {
+    StatisticsArgs a;
+    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.vocab = vocab;
+    a.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
+    a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
+    a.ranks = ranks;
+    a.rows = ptr(out_rows);
+    a.scalars = ptr(scalars);
+    a.log_prob = ptr(log_prob);
+    a.argmax = ptr<int64_t>(argmax);
+    a.n_greater = ptr<int64_t>(n_greater);
+    a.n_equal = ptr<int64_t>(n_equal);
+    a.mass_greater = ptr(mass_greater);
+    a.saved = ptr(saved);
+    a.threads = threads;
+    return kernels().statistics(a);
+}
+
+void statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride,
+                         int64_t inner_stride, int64_t vocab, int64_t width, uintptr_t temperature,
+                         int64_t temperature_rows, int64_t temperature_count, uintptr_t ids, int64_t per_row,
+                         uintptr_t offsets, int64_t ignore_index, uintptr_t out_rows, uintptr_t scalars, uintptr_t saved,
+                         uintptr_t grad_rows, uintptr_t grad_scalars, uintptr_t grad_log_prob, uintptr_t out,
+                         int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride, bool nontemporal,
+                         int threads) {
+    StatisticsBackwardArgs a;
+    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.vocab = vocab;
+    a.width = width;
+    a.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
+    a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
+    a.rows = ptr(out_rows);
+    a.scalars = ptr(scalars);
+    a.saved = ptr(saved);
+    a.grad_rows = ptr(grad_rows);
+    a.grad_scalars = ptr(grad_scalars);
+    a.grad_log_prob = ptr(grad_log_prob);
+    a.out = {ptr(out), dtype, rows, to_inner, to_outer_stride, to_inner_stride};
+    a.nontemporal = nontemporal;
+    a.threads = threads;
+    kernels().statistics_backward(a);
+}
+
+int64_t ranks(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+              int64_t vocab, uintptr_t ids, uintptr_t thresholds, int64_t per_row, uintptr_t offsets, int64_t ignore_index,
+              uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t n_greater,
+              uintptr_t n_equal, uintptr_t mass_greater, int threads) {
+    RanksArgs a;
+    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.vocab = vocab;
+    a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
+    a.thresholds = ptr(thresholds);
+    a.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
+    a.n_greater = ptr<int64_t>(n_greater);
+    a.n_equal = ptr<int64_t>(n_equal);
+    a.mass_greater = ptr(mass_greater);
+    a.threads = threads;
+    return kernels().ranks(a);
+}
+
+void softmax_forward(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                     int64_t vocab, int64_t width, uintptr_t temperature, int64_t temperature_rows, uintptr_t out,
+                     uintptr_t logsumexp, bool log, int threads) {
+    SoftmaxArgs a;
+    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.vocab = vocab;
+    a.width = width;
+    a.temperatures = {ptr<const double>(temperature), temperature_rows, 1};
+    a.out = ptr(out);
+    a.logsumexp = ptr(logsumexp);
+    a.log = log;
+    a.threads = threads;
+    kernels().softmax(a);
+}
+
+void softmax_backward(uintptr_t grad, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                      int64_t vocab, int64_t width, uintptr_t result, uintptr_t logsumexp, uintptr_t temperature,
+                      int64_t temperature_rows, uintptr_t out, uintptr_t grad_temperature, bool log, int threads) {
+    SoftmaxArgs a;
+    a.logits = {ptr(grad), dtype, rows, inner, outer_stride, inner_stride};
+    a.vocab = vocab;
+    a.width = width;
+    a.temperatures = {ptr<const double>(temperature), temperature_rows, 1};
+    a.out = ptr(out);
+    a.saved = ptr(result);
+    a.logsumexp = ptr(logsumexp);
+    a.grad_temperature = ptr<double>(grad_temperature);
+    a.log = log;
+    a.threads = threads;
+    kernels().softmax_backward(a);
+}
+
+// Ask for huge pages under a large fresh buffer: a first touch then faults once per 2 MB instead of once per 4 KB.
+void advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = size_t(2) << 20, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (end > begin) (void)madvise(ptr(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    const py::call_guard<py::gil_scoped_release> release;
+    m.def("statistics_forward", &statistics, release);
+    m.def("statistics_backward", &statistics_backward, release);
+    m.def("ranks", &ranks, release);
+    m.def("softmax_forward", &softmax_forward, release);
+    m.def("softmax_backward", &softmax_backward, release);
+    m.def("advise_huge_pages", &advise_huge_pages, release);
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("isas", &available_isas);
+    m.def("set_isa", &set_isa);
+    m.def("compiler", [] {
+#if defined(__clang__)
+        return std::string("clang " __clang_version__);
+#elif defined(__GNUC__)
+        return std::string("gcc " __VERSION__);
+#else
+        return std::string("unknown");
+#endif
+    });
+    m.def("openmp", [] {
+#if defined(_OPENMP)
+        return true;
+#else
+        return false;
+#endif
+    });
+}

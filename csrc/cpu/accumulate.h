@@ -1,0 +1,309 @@
+// One read of a segment of a row -> its Head and the Sums of K temperatures (see row_state.h for the symbols).
+//
+// Block by block: a first pass over 2,048 columns (from memory) finds the maximum, the spread of the logits and any NaN; a
+// second pass (from the first-level cache) sums exponentials against the running maximum. Each block's sums are added to
+// second-level accumulators, so no float32 sum is longer than a few hundred terms.
+#pragma once
+#include <vector>
+
+#include "../row_state.h"
+#include "schedule.h"
+#include "simd.h"
+
+namespace fastcalib::FASTCALIB_ISA {
+
+// 1/T of each temperature of a row in the units of the kernels, and whether 1/T is an arithmetic progression.
+struct Betas {
+    std::vector<double> b, c;  // 1/T; log2(e)/T
+    double step = 0;           // progression: c[k] = c_least + k * step, counted from the end that is smallest
+    bool arithmetic = false, ascending = true;
+
+    void set(const double* temperatures, int64_t count) {
+        b.resize(count);
+        c.resize(count);
+        for (int64_t k = 0; k < count; ++k) {
+            b[k] = 1.0 / temperatures[k];
+            c[k] = kLog2e * b[k];
+        }
+        arithmetic = false;
+        if (count < 4) return;
+        const double d = (c[count - 1] - c[0]) / double(count - 1);
+        for (int64_t k = 1; k < count; ++k)
+            // A deviation of 1e-11 c moves an exponent by at most 1e-9, far below float32.
+            if (!(std::fabs(c[k] - (c[0] + double(k) * d)) <= 1e-11 * std::fabs(c[k]))) return;
+        arithmetic = d != 0;
+        ascending = d > 0;
+        step = std::fabs(d);
+    }
+    int64_t count() const { return int64_t(b.size()); }
+};
+
+// s0, s1, s2, r2 of one temperature, lane by lane.
+template <class S> struct Lanes {
+    typename S::vec s0, s1, s2, r2;
+    FC_INLINE void clear() { s0 = s1 = s2 = r2 = S::set(0); }
+    FC_INLINE void add(typename S::vec e, typename S::vec t) {
+        const auto et = e * t;
+        s0 = s0 + e;
+        s1 = s1 + et;
+        s2 = s2 + et * t;
+        r2 = r2 + e * e;
+    }
+    FC_INLINE void add(const Lanes& o, typename S::vec unit) {
+        s0 = s0 + o.s0;
+        s1 = s1 + o.s1 * unit;
+        s2 = s2 + o.s2 * unit * unit;
+        r2 = r2 + o.r2;
+    }
+    FC_INLINE void add(const Lanes& o) {
+        s0 = s0 + o.s0;
+        s1 = s1 + o.s1;
+        s2 = s2 + o.s2;
+        r2 = r2 + o.r2;
+    }
+    // Move to a maximum that is larger by -d / c: the vector form of Sums::shift.
+    FC_INLINE void shift(double d) {
+        using real = typename S::real;
+        d = d > kLowestShift ? d : kLowestShift;
+        const real r = real(::exp2(d));
+        if (r == 0) return clear();  // d^2 could overflow to inf * 0
+        const auto dv = S::set(real(d)), rv = S::set(r);
+        s2 = rv * (s2 + dv * (s1 + s1 + dv * s0));
+        s1 = rv * (s1 + dv * s0);
+        s0 = rv * s0;
+        r2 = rv * rv * r2;
+    }
+    Sums total() const { return {S::reduce_add(s0), S::reduce_add(s1), S::reduce_add(s2), S::reduce_add(r2)}; }
+};
+
+template <class S> struct Scratch {
+    using real = typename S::real;
+    alignas(64) real values[kBlock + 64];
+    alignas(64) real power[kBlock + 64], ratio[kBlock + 64];
+    std::vector<Lanes<S>> sums;  // of the segment so far, one per temperature
+    std::vector<Sums> segment, row;
+    Betas betas;
+};
+
+// Sums of G neighbouring temperatures over a block of n values, a multiple of the vector length.
+template <class S, int G>
+FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::real max, const double* c,
+                         Lanes<S>* sums) {
+    using real = typename S::real;
+    using vec = typename S::vec;
+    constexpr int chains = G == 1 ? S::chains : 1;
+    Lanes<S> lanes[G * chains];
+    vec scale[G];
+    for (auto& l : lanes) l.clear();
+    for (int g = 0; g < G; ++g) scale[g] = S::set(real(c[g]));
+    const vec m = S::set(max), least = S::set(S::lowest_exponent);
+    int64_t i = 0;
+    const auto step = [&](int64_t at, int chain) __attribute__((always_inline)) {
+        const vec y = S::load(values + at) - m;
+        for (int g = 0; g < G; ++g) {
+            const vec t = S::max(y * scale[g], least);  // also turns -inf into a negligible 2^-126
+            lanes[g * chains + chain].add(S::exp2(t), t);
+        }
+    };
+    for (; i + chains * S::lanes <= n; i += chains * S::lanes)
+        for (int chain = 0; chain < chains; ++chain) step(i + chain * S::lanes, chain);
+    for (; i < n; i += S::lanes) step(i, 0);
+    // Two chains hide the latency of the additions where one temperature alone would not.
+    for (int g = 0; g < G; ++g)
+        for (int chain = 0; chain < chains; ++chain) sums[g].add(lanes[g * chains + chain]);
+}
+
+// The same for inverse temperatures in arithmetic progression: 2^(c_k y) = 2^(c_0 y) (2^(step y))^k, so two exponentials
+// serve all K. Runs from the smallest c, where every factor is <= 1 and underflow is a clean 0. Powers and ratio wait in
+// the scratch between groups of G. Moments are in y here and brought to t = c y on the way out.
+template <class S, int G, bool First>
+FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max,
+                                    double c_least, double step, const double* const* c, Lanes<S>* const* sums) {
+    using real = typename S::real;
+    using vec = typename S::vec;
+    Lanes<S> lanes[G];
+    for (auto& l : lanes) l.clear();
+    const vec m = S::set(max), least = S::set(S::lowest_exponent), floor = S::set(real(S::lowest_exponent / c_least));
+    const vec first = S::set(real(c_least)), distance = S::set(real(step));
+    for (int64_t i = 0; i < n; i += S::lanes) {
+        const vec y = S::max(S::load(values + i) - m, floor);
+        vec e, w;
+        if constexpr (First) {
+            e = S::exp2(S::max(y * first, least));
+            w = S::exp2(S::max(y * distance, least));
+            S::store(scratch.ratio + i, w);
+        } else {
+            e = S::load(scratch.power + i);
+            w = S::load(scratch.ratio + i);
+        }
+        for (int g = 0; g < G; ++g) {
+            lanes[g].add(e, y);
+            e = e * w;
+        }
+        S::store(scratch.power + i, e);
+    }
+    for (int g = 0; g < G; ++g) sums[g]->add(lanes[g], S::set(real(*c[g])));
+}
+
+template <class S>
+FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max) {
+    const Betas& betas = scratch.betas;
+    const int64_t count = betas.count();
+    Lanes<S>* sums = scratch.sums.data();
+    if (betas.arithmetic) {
+        const auto at = [&](int64_t k) { return betas.ascending ? k : count - 1 - k; };
+        for (int64_t k = 0; k < count;) {
+            const double* c[4];
+            Lanes<S>* to[4];
+            const int64_t group = count - k >= 4 ? 4 : 1;
+            for (int64_t g = 0; g < group; ++g) {
+                c[g] = &betas.c[at(k + g)];
+                to[g] = sums + at(k + g);
+            }
+            // Every 16 temperatures the power is formed anew, so that rounding does not build up.
+            const bool anew = k % 16 == 0;
+            if (group == 4 && anew) sum_block_arithmetic<S, 4, true>(scratch, values, n, max, *c[0], betas.step, c, to);
+            else if (group == 4) sum_block_arithmetic<S, 4, false>(scratch, values, n, max, *c[0], betas.step, c, to);
+            else if (anew) sum_block_arithmetic<S, 1, true>(scratch, values, n, max, *c[0], betas.step, c, to);
+            else sum_block_arithmetic<S, 1, false>(scratch, values, n, max, *c[0], betas.step, c, to);
+            k += group;
+        }
+        return;
+    }
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) sum_block<S, 4>(values, n, max, &betas.c[k], sums + k);
+    if (k + 2 <= count) {
+        sum_block<S, 2>(values, n, max, &betas.c[k], sums + k);
+        k += 2;
+    }
+    if (k < count) sum_block<S, 1>(values, n, max, &betas.c[k], sums + k);
+}
+
+// Spread of a segment with -inf, NaN or overflow in it: one more look, from the cache, in double.
+template <class T> __attribute__((noinline)) void careful_spread(const T* x, int64_t n, Head& head) {
+    double mean = 0, m2 = 0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const double z = double(to_real(x[i]));
+        if (std::isfinite(z)) {
+            ++count;
+            const double delta = z - mean;
+            mean += delta / double(count);
+            m2 += delta * (z - mean);
+        } else if (z < 0) {
+            ++head.masked;
+        } else {
+            head.undefined = true;
+        }
+    }
+    head.n = count;
+    head.mean = mean;
+    head.m2 = m2;
+}
+
+template <class S, class T>
+void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
+    using real = typename S::real;
+    using vec = typename S::vec;
+    const int64_t k_count = scratch.betas.count();
+    scratch.sums.resize(size_t(k_count));
+    for (auto& l : scratch.sums) l.clear();
+    head = Head();
+    real max = S::lowest;
+    int64_t argmax = -1;
+    // The spread is taken about a number near the mean, so that it does not cancel.
+    double near = 0;
+    int64_t near_n = 0;
+    for (int64_t i = 0; i < n && i < 64; ++i) {
+        const double z = double(to_real(x[i]));
+        if (std::isfinite(z)) near += z, ++near_n;
+    }
+    const real center = near_n ? real(near / double(near_n)) : real(0);
+    const vec center_v = S::set(center);
+    double sum = 0, square = 0;
+
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t length = std::min(kBlock, n - start), whole = length / S::lanes * S::lanes;
+        const T* from = x + start;
+        // float32 is read in place; 16-bit logits are widened once, as is a last block that needs padding.
+        constexpr bool in_place = std::is_same_v<T, real>;
+        const bool copy = !in_place || whole != length;
+        vec top[2] = {S::set(-real(INFINITY)), S::set(-real(INFINITY))};
+        vec d_sum[2] = {S::set(0), S::set(0)}, d_square[2] = {S::set(0), S::set(0)};
+        const auto look = [&](int64_t i, int chain) __attribute__((always_inline)) {
+            const vec v = S::load(from + i);
+            if (copy) S::store(scratch.values + i, v);
+            top[chain] = S::max(v, top[chain]);
+            const vec d = v - center_v;
+            d_sum[chain] = d_sum[chain] + d;
+            d_square[chain] = d_square[chain] + d * d;
+        };
+        int64_t i = 0;
+        for (; i + 2 * S::lanes <= whole; i += 2 * S::lanes) {
+            prefetch(reinterpret_cast<const char*>(from + i) + 4096);
+            if constexpr (2 * S::lanes * sizeof(T) > 64) prefetch(reinterpret_cast<const char*>(from + i) + 4096 + 64);
+            look(i, 0);
+            look(i + S::lanes, 1);
+        }
+        for (; i < whole; i += S::lanes) look(i, 0);
+        real block_max = S::reduce_max(S::max(top[0], top[1]));
+        double block_sum = S::reduce_add(d_sum[0] + d_sum[1]), block_square = S::reduce_add(d_square[0] + d_square[1]);
+        int64_t padded = whole;
+        if (whole != length) {
+            for (; i < length; ++i) {
+                const real z = to_real(from[i]);
+                scratch.values[i] = z;
+                block_max = z > block_max ? z : block_max;
+                const double d = double(z) - double(center);
+                block_sum += d;
+                block_square += d * d;
+            }
+            for (; i % S::lanes; ++i) scratch.values[i] = -real(INFINITY);
+            padded = i;
+        }
+        sum += block_sum;
+        square += block_square;
+        const real* values = copy ? scratch.values : reinterpret_cast<const real*>(from);
+        if (block_max > max || (argmax < 0 && block_max == max)) {
+            if (block_max == real(INFINITY)) {
+                head.undefined = true;
+                return;
+            }
+            if (argmax >= 0)
+                for (int64_t k = 0; k < k_count; ++k)
+                    scratch.sums[k].shift(scratch.betas.c[k] * (double(max) - double(block_max)));
+            max = block_max;
+            for (i = 0; i < length; ++i)
+                if (values[i] == block_max) break;
+            argmax = start + i;
+        }
+        if (argmax >= 0) sum_temperatures<S>(scratch, values, padded, max);
+    }
+    for (int64_t k = 0; k < k_count; ++k) out[k] = scratch.sums[k].total();
+    head.max = argmax >= 0 ? double(max) : -HUGE_VAL;
+    head.argmax = argmax;
+    if (std::isfinite(sum) && std::isfinite(square)) {
+        head.n = n;
+        head.mean = double(center) + sum / double(n);
+        head.m2 = std::max(0.0, square - sum * (sum / double(n)));
+    } else {
+        careful_spread(x, n, head);
+    }
+}
+
+// A whole row: its segments in order.
+template <class S, class T>
+void accumulate_row(const T* x, int64_t vocab, Scratch<S>& scratch, Head& head, std::vector<Sums>& sums) {
+    const int64_t k_count = scratch.betas.count();
+    sums.resize(size_t(k_count));
+    accumulate_segment<S>(x, std::min(vocab, kSegment), scratch, head, sums.data());
+    scratch.segment.resize(size_t(k_count));
+    for (int64_t start = kSegment; start < vocab && !head.undefined; start += kSegment) {
+        Head next;
+        accumulate_segment<S>(x + start, std::min(kSegment, vocab - start), scratch, next, scratch.segment.data());
+        if (next.argmax >= 0) next.argmax += start;
+        merge(head, sums.data(), next, scratch.segment.data(), scratch.betas.c.data(), int(k_count));
+    }
+}
+
+}  // namespace fastcalib::FASTCALIB_ISA

@@ -1,0 +1,102 @@
+// What the kernels take: plain structs of pointers, sizes and strides. No torch, no Python.
+#pragma once
+#include <cstdint>
+
+namespace fastcalib {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// Row r starts at data + (r / inner) * outer_stride + (r % inner) * inner_stride, in elements; columns are adjacent.
+struct Matrix {
+    void* data = nullptr;
+    int dtype = kFloat32;
+    int64_t rows = 0, inner = 1, outer_stride = 0, inner_stride = 0;
+
+    template <class T> T* row(int64_t r) const {
+        return static_cast<T*>(data) + (r / inner) * outer_stride + (r % inner) * inner_stride;
+    }
+};
+
+// K temperatures, the same for all rows (rows == 1) or its own set for each.
+struct Temperatures {
+    const double* data = nullptr;
+    int64_t rows = 0, count = 0;
+    const double* row(int64_t r) const { return data + (rows == 1 ? 0 : r * count); }
+};
+
+// Selected tokens: ids of row r are [begin(r), end(r)), either per_row each or ragged by offsets.
+struct Selection {
+    const int64_t* ids = nullptr;  // null: no selection
+    int64_t per_row = 0;
+    const int64_t* offsets = nullptr;
+    int64_t ignore_index = -100;
+    int64_t begin(int64_t r) const { return offsets ? offsets[r] : r * per_row; }
+    int64_t end(int64_t r) const { return offsets ? offsets[r + 1] : (r + 1) * per_row; }
+    // A row all of whose tokens are ignored is not read at all.
+    bool skips(int64_t r) const {
+        if (!ids || begin(r) == end(r)) return false;
+        for (int64_t i = begin(r); i < end(r); ++i)
+            if (ids[i] != ignore_index) return false;
+        return true;
+    }
+};
+
+// Results are float, or double for float64 logits; `void*` stands for either.
+struct StatisticsArgs {
+    Matrix logits;
+    int64_t vocab = 0;
+    Temperatures temperatures;
+    Selection selected;
+    bool ranks = false;
+    void *rows = nullptr, *scalars = nullptr, *log_prob = nullptr;  // (6, N, K), (2, N), (nnz, K)
+    int64_t *argmax = nullptr, *n_greater = nullptr, *n_equal = nullptr;
+    void *mass_greater = nullptr, *saved = nullptr;  // (nnz, K), (N, 3 + 2K): max, mean - max, n; log s0 and s1/s0 each
+    int threads = 1;
+};
+
+struct StatisticsBackwardArgs {
+    Matrix logits;
+    int64_t vocab = 0, width = 0;  // real columns, and all columns: the rest gets gradient 0
+    Temperatures temperatures;
+    Selection selected;
+    const void *rows = nullptr, *scalars = nullptr, *saved = nullptr;
+    const void *grad_rows = nullptr, *grad_scalars = nullptr, *grad_log_prob = nullptr;
+    Matrix out;
+    bool nontemporal = false;
+    int threads = 1;
+};
+
+struct RanksArgs {
+    Matrix logits;
+    int64_t vocab = 0;
+    Selection selected;                // ids, or null ids with thresholds
+    const void* thresholds = nullptr;  // statistics dtype
+    Temperatures temperatures;         // count == 0: no masses
+    int64_t *n_greater = nullptr, *n_equal = nullptr;
+    void* mass_greater = nullptr;
+    int threads = 1;
+};
+
+struct SoftmaxArgs {
+    Matrix logits;  // forward: logits; backward: gradient of the output
+    int64_t vocab = 0, width = 0;
+    Temperatures temperatures;
+    void* out = nullptr;             // (N, width) contiguous: result, or gradient of the logits
+    void* logsumexp = nullptr;       // (N,): written forward; -inf for a row of -inf, NaN for an undefined one
+    const void* saved = nullptr;     // backward: the forward result, (N, width) contiguous
+    double* grad_temperature = nullptr;  // backward: (N,), or null
+    bool log = false;
+    int threads = 1;
+};
+
+// One instruction set's kernels. Functions that gather ids return the position of the first bad id, or -1.
+struct Kernels {
+    const char* name;
+    int64_t (*statistics)(const StatisticsArgs&);
+    void (*statistics_backward)(const StatisticsBackwardArgs&);
+    int64_t (*ranks)(const RanksArgs&);
+    void (*softmax)(const SoftmaxArgs&);
+    void (*softmax_backward)(const SoftmaxArgs&);
+};
+
+}  // namespace fastcalib

@@ -1,0 +1,405 @@
+// ranks: for thresholds t_j of a row, count z > t_j and z = t_j and sum the probability of z > t_j, without sorting V.
+//
+// The thresholds are sorted once. A block of the row is first filtered: what lies below the lowest threshold touches nothing
+// else. The survivors are either compared with every threshold (few thresholds), or placed among them: an affine table
+// of the sorted thresholds gives the neighbourhood, a branchless binary search of a few fixed steps the place, a histogram
+// the count; suffix sums turn places into counts. The table is only ever a hint, so no distribution of thresholds can make
+// a result wrong, only the number of steps grow.
+#pragma once
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "accumulate.h"
+#include "api.h"
+#include "selection.h"
+
+namespace fastcalib::FASTCALIB_ISA {
+
+constexpr int64_t kCompareAll = 16;  // up to this many distinct thresholds, compare with each
+constexpr int kCopies = 4;           // histogram copies: neighbouring elements often share a bin
+
+template <class Real> struct RankPlan {
+    std::vector<Real> bounds;      // distinct thresholds in ascending order, padded with +inf
+    std::vector<int64_t> place;    // of each threshold among the bounds; -1: ignored, -2: NaN
+    std::vector<int32_t> first;    // bucket -> number of bounds in lower buckets
+    std::vector<std::pair<Real, int64_t>> sorting;
+    int64_t count = 0;             // distinct thresholds
+    int32_t buckets = 0;
+    int steps = 0;
+    Real scale = 0, offset = 0;
+    double max = 0;                // of the row, for masses
+    std::vector<double> c, log2_s0;
+    bool undefined = false;
+};
+
+// What a part of the row adds to each bound; parts are added in order.
+struct RankTotals {
+    std::vector<int64_t> greater, not_less;
+    std::vector<double> mass;  // (K, count)
+    void clear(int64_t count, int64_t k_count) {
+        greater.assign(size_t(count), 0);
+        not_less.assign(size_t(count), 0);
+        mass.assign(size_t(count * k_count), 0.0);
+    }
+    void add(const RankTotals& o) {
+        for (size_t i = 0; i < greater.size(); ++i) greater[i] += o.greater[i], not_less[i] += o.not_less[i];
+        for (size_t i = 0; i < mass.size(); ++i) mass[i] += o.mass[i];
+    }
+};
+
+template <class S> struct RankScratch {
+    using real = typename S::real;
+    alignas(64) real survivors[kBlock + 64], probability[kBlock + 64];
+    alignas(64) int32_t position[kBlock + 64];
+    struct Counter {
+        typename S::count above, least;
+    };
+    struct Mass {
+        typename S::vec lanes;
+    };
+    std::vector<Counter> counters;
+    std::vector<Mass> mass_lanes;
+    std::vector<uint32_t> histogram;
+    std::vector<double> mass_histogram;
+    RankPlan<real> plan;
+    RankTotals part, total;
+};
+
+// The same instructions place thresholds and logits, so both agree on every rounding. n is a multiple of 16.
+template <class Real>
+__attribute__((noinline)) void bucket_of(const Real* values, int64_t n, Real scale, Real offset, int32_t last, int32_t* out) {
+    const Real top = Real(last);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        Real t = values[i] * scale + offset;
+        t = t > Real(0) ? t : Real(0);  // NaN (inf * 0) goes to bucket 0 too
+        t = t < top ? t : top;
+        out[i] = int32_t(t);
+    }
+}
+
+template <class Real> void plan_buckets(RankPlan<Real>& plan) {
+    const int64_t m = plan.count;
+    plan.buckets = int32_t(std::clamp<uint64_t>(std::bit_ceil(uint64_t(4 * m)), 64, 65536));
+    Real low = 0, high = 0;
+    for (int64_t i = 0; i < m; ++i)
+        if (std::isfinite(plan.bounds[i])) {
+            low = plan.bounds[i];
+            break;
+        }
+    for (int64_t i = m - 1; i >= 0; --i)
+        if (std::isfinite(plan.bounds[i])) {
+            high = plan.bounds[i];
+            break;
+        }
+    const Real span = high - low;
+    plan.scale = span > 0 && std::isfinite(span) ? Real(plan.buckets - 2) / span : Real(0);
+    if (!std::isfinite(plan.scale) || !std::isfinite(low * plan.scale)) plan.scale = 0;
+    plan.offset = Real(1) - low * plan.scale;
+    std::vector<int32_t> bucket(size_t(m + 16));
+    plan.bounds.resize(size_t(m + 16), Real(INFINITY));
+    bucket_of(plan.bounds.data(), (m + 15) / 16 * 16, plan.scale, plan.offset, plan.buckets - 1, bucket.data());
+    plan.first.assign(size_t(plan.buckets) + 1, 0);
+    for (int64_t i = 0; i < m; ++i) ++plan.first[bucket[i] + 1];
+    const int32_t most = *std::max_element(plan.first.begin(), plan.first.end());
+    std::partial_sum(plan.first.begin(), plan.first.end(), plan.first.begin());
+    plan.steps = std::bit_width(uint32_t(most));
+    plan.bounds.resize(size_t(m) + (size_t(1) << plan.steps) + 16, Real(INFINITY));
+}
+
+template <class S, class T>
+void make_plan(const RanksArgs& a, int64_t row, const Head* head, const Sums* sums, const Betas& betas,
+               RankPlan<typename S::real>& plan) {
+    using real = typename S::real;
+    const T* x = a.logits.row<const T>(row);
+    const int64_t begin = a.selected.begin(row), m = a.selected.end(row) - begin;
+    plan.place.assign(size_t(m), -1);
+    plan.sorting.clear();
+    for (int64_t j = 0; j < m; ++j) {
+        if (a.selected.ids && a.selected.ids[begin + j] == a.selected.ignore_index) continue;
+        const real t = a.selected.ids ? real(to_real(x[a.selected.ids[begin + j]]))
+                                      : static_cast<const real*>(a.thresholds)[begin + j];
+        if (std::isnan(t)) plan.place[j] = -2;
+        else plan.sorting.push_back({t, j});
+    }
+    std::sort(plan.sorting.begin(), plan.sorting.end());
+    plan.bounds.clear();
+    for (const auto& [t, j] : plan.sorting) {
+        if (plan.bounds.empty() || t != plan.bounds.back()) plan.bounds.push_back(t);
+        plan.place[j] = int64_t(plan.bounds.size()) - 1;
+    }
+    plan.count = int64_t(plan.bounds.size());
+    if (plan.count > kCompareAll) plan_buckets(plan);
+    plan.c.clear();
+    plan.log2_s0.clear();
+    plan.undefined = false;
+    if (!head) return;
+    plan.undefined = head->undefined || head->argmax < 0;
+    plan.max = head->max;
+    for (int64_t k = 0; k < betas.count() && !plan.undefined; ++k) {
+        plan.c.push_back(betas.c[k]);
+        plan.log2_s0.push_back(std::log2(sums[k].s0));
+    }
+}
+
+// Probabilities of n values (a multiple of the vector length) at temperature k.
+template <class S>
+void probabilities(const RankPlan<typename S::real>& plan, int64_t k, const typename S::real* values, int64_t n,
+                   typename S::real* out) {
+    using real = typename S::real;
+    const auto m = S::set(real(plan.max)), c = S::set(real(plan.c[k])), shift = S::set(real(plan.log2_s0[k]));
+    for (int64_t i = 0; i < n; i += S::lanes)
+        S::store(out + i, S::exp2_or_zero((S::load(values + i) - m) * c - shift));
+}
+
+// Compare n values (padded with NaN, which compares false) with G bounds.
+template <class S, class T, int G>
+FC_INLINE void compare(const T* values, int64_t n, const typename S::real* bounds,
+                       typename RankScratch<S>::Counter* counters) {
+    typename S::vec bound[G];
+    typename S::count above[G], least[G];
+    for (int g = 0; g < G; ++g) {
+        bound[g] = S::set(bounds[g]);
+        above[g] = counters[g].above;
+        least[g] = counters[g].least;
+    }
+    for (int64_t i = 0; i < n; i += S::lanes) {
+        const auto v = S::load(values + i);
+        prefetch(reinterpret_cast<const char*>(values + i) + 4096);
+        for (int g = 0; g < G; ++g) {
+            above[g] = S::add_greater(above[g], v, bound[g]);
+            least[g] = S::add_not_less(least[g], v, bound[g]);
+        }
+    }
+    for (int g = 0; g < G; ++g) counters[g] = {above[g], least[g]};
+}
+
+template <class S, class T>
+void compare_with_each(const T* values, int64_t n, const RankPlan<typename S::real>& plan,
+                       typename RankScratch<S>::Counter* counters) {
+    int64_t i = 0;
+    for (; i + 4 <= plan.count; i += 4) compare<S, T, 4>(values, n, &plan.bounds[i], counters + i);
+    for (; i < plan.count; ++i) compare<S, T, 1>(values, n, &plan.bounds[i], counters + i);
+}
+
+template <class S>
+void mass_with_each(const typename S::real* values, int64_t n, const RankPlan<typename S::real>& plan,
+                    RankScratch<S>& scratch) {
+    for (size_t k = 0; k < plan.c.size(); ++k) {
+        probabilities<S>(plan, int64_t(k), values, n, scratch.probability);
+        for (int64_t j = 0; j < plan.count; ++j) {
+            const auto bound = S::set(plan.bounds[j]);
+            auto sum = S::set(0);
+            for (int64_t i = 0; i < n; i += S::lanes)
+                sum = sum + S::where_greater(S::load(values + i), bound, S::load(scratch.probability + i));
+            auto& lane = scratch.mass_lanes[k * size_t(plan.count) + size_t(j)].lanes;
+            lane = lane + sum;
+        }
+    }
+}
+
+// Place n survivors among the bounds; `filled` is n rounded up to 16.
+template <class S>
+void place_block(int64_t n, int64_t filled, const RankPlan<typename S::real>& plan, RankScratch<S>& scratch) {
+    using real = typename S::real;
+    const real *values = scratch.survivors, *bounds = plan.bounds.data();
+    int32_t* position = scratch.position;
+    bucket_of(values, filled, plan.scale, plan.offset, plan.buckets - 1, position);
+    const int32_t* first = plan.first.data();
+#pragma omp simd
+    for (int64_t i = 0; i < filled; ++i) position[i] = first[position[i]];
+    for (int32_t half = plan.steps ? 1 << (plan.steps - 1) : 0; half; half >>= 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < filled; ++i) position[i] += bounds[position[i] + half - 1] < values[i] ? half : 0;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < filled; ++i) position[i] = 2 * position[i] + (bounds[position[i]] == values[i] ? 1 : 0);
+    const int64_t bins = 2 * (plan.count + 1);
+    uint32_t* histogram = scratch.histogram.data();
+    int64_t i = 0;
+    for (; i + kCopies <= n; i += kCopies)
+        for (int copy = 0; copy < kCopies; ++copy) ++histogram[copy * bins + position[i + copy]];
+    for (; i < n; ++i) ++histogram[position[i]];
+    for (size_t k = 0; k < plan.c.size(); ++k) {
+        probabilities<S>(plan, int64_t(k), values, filled, scratch.probability);
+        double* mass = scratch.mass_histogram.data() + int64_t(k) * kCopies * (plan.count + 1);
+        for (i = 0; i < n; ++i) mass[(i % kCopies) * (plan.count + 1) + position[i] / 2] += double(scratch.probability[i]);
+    }
+}
+
+// Widen a block and keep what is not below the lowest bound; returns how many. NaN is dropped.
+template <class S, class T>
+int64_t keep_survivors(const T* x, int64_t n, typename S::real least, typename S::real* out) {
+    using real = typename S::real;
+    const auto bound = S::set(least);
+    real* to = out;
+    int64_t i = 0;
+    for (; i + 2 * S::lanes <= n; i += 2 * S::lanes) {
+        prefetch(reinterpret_cast<const char*>(x + i) + 4096);
+        const auto a = S::load(x + i), b = S::load(x + i + S::lanes);
+        if (!S::any_not_less(a, bound) && !S::any_not_less(b, bound)) continue;
+        to = S::compress_not_less(to, a, bound);
+        to = S::compress_not_less(to, b, bound);
+    }
+    for (; i < n; ++i) {
+        const real v = to_real(x[i]);
+        *to = v;
+        to += v >= least;
+    }
+    return to - out;
+}
+
+// Counts and masses of one segment, added up from zero: parts of a row merge by addition in order.
+template <class S, class T>
+void rank_segment(const T* x, int64_t n, const RankPlan<typename S::real>& plan, RankScratch<S>& scratch, RankTotals& part) {
+    using real = typename S::real;
+    const int64_t m = plan.count, k_count = int64_t(plan.c.size());
+    part.clear(m, k_count);
+    if (m == 0) return;
+    const bool each = m <= kCompareAll, direct = m <= 2 && k_count == 0;
+    if (each) {
+        scratch.counters.assign(size_t(m), {S::no_count(), S::no_count()});
+        scratch.mass_lanes.assign(size_t(m * k_count), {S::set(0)});
+    } else {
+        scratch.histogram.assign(size_t(kCopies * 2 * (m + 1)), 0);
+        scratch.mass_histogram.assign(size_t(kCopies * (m + 1) * k_count), 0.0);
+    }
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t length = std::min(kBlock, n - start);
+        if (direct && length % S::lanes == 0) {
+            compare_with_each<S>(x + start, length, plan, scratch.counters.data());
+            continue;
+        }
+        const int64_t kept = keep_survivors<S>(x + start, length, plan.bounds[0], scratch.survivors);
+        if (kept == 0) continue;
+        const int64_t filled = (kept + 15) / 16 * 16;
+        for (int64_t i = kept; i < filled; ++i) scratch.survivors[i] = real(NAN);
+        if (each) {
+            compare_with_each<S>(static_cast<const real*>(scratch.survivors), filled, plan, scratch.counters.data());
+            mass_with_each<S>(scratch.survivors, filled, plan, scratch);
+        } else {
+            place_block<S>(kept, filled, plan, scratch);
+        }
+    }
+    if (each) {
+        for (int64_t j = 0; j < m; ++j) {
+            part.greater[j] = S::total(scratch.counters[j].above);
+            part.not_less[j] = S::total(scratch.counters[j].least);
+        }
+        for (int64_t i = 0; i < m * k_count; ++i) part.mass[i] = S::reduce_add(scratch.mass_lanes[i].lanes);
+        return;
+    }
+    // An element in place p is greater than the p lowest bounds; an odd bin holds those equal to bound p.
+    const int64_t bins = 2 * (m + 1);
+    const auto bin = [&](int64_t i) {
+        int64_t sum = 0;
+        for (int copy = 0; copy < kCopies; ++copy) sum += scratch.histogram[copy * bins + i];
+        return sum;
+    };
+    int64_t above = bin(2 * m) + bin(2 * m + 1);
+    for (int64_t j = m - 1; j >= 0; --j) {
+        const int64_t equal = bin(2 * j + 1);
+        part.greater[j] = above;
+        part.not_less[j] = above + equal;
+        above += equal + bin(2 * j);
+    }
+    for (int64_t k = 0; k < k_count; ++k) {
+        const double* mass = scratch.mass_histogram.data() + k * kCopies * (m + 1);
+        double sum = 0;
+        for (int64_t j = m; j > 0; --j) {
+            for (int copy = 0; copy < kCopies; ++copy) sum += mass[copy * (m + 1) + j];
+            part.mass[k * m + j - 1] = sum;
+        }
+    }
+}
+
+template <class S>
+void write_ranks(const RanksArgs& a, int64_t row, const RankPlan<typename S::real>& plan, const RankTotals& total) {
+    using real = typename S::real;
+    const int64_t begin = a.selected.begin(row), m = a.selected.end(row) - begin, k_count = a.temperatures.count;
+    real* mass = static_cast<real*>(a.mass_greater);
+    for (int64_t j = 0; j < m; ++j) {
+        const int64_t at = begin + j, place = plan.place[j];
+        a.n_greater[at] = place < 0 ? 0 : total.greater[place];
+        a.n_equal[at] = place < 0 ? 0 : total.not_less[place] - total.greater[place] - (a.selected.ids ? 1 : 0);
+        for (int64_t k = 0; k < k_count; ++k)
+            mass[at * k_count + k] = place == -1      ? real(0)
+                                     : plan.undefined ? real(NAN)
+                                     : place < 0      ? real(0)
+                                                      : real(std::min(1.0, total.mass[k * plan.count + place]));
+    }
+}
+
+template <class S, class T>
+void rank_row(const RanksArgs& a, int64_t row, const Head* head, const Sums* sums, const Betas& betas,
+              RankScratch<S>& scratch) {
+    make_plan<S, T>(a, row, head, sums, betas, scratch.plan);
+    const T* x = a.logits.row<const T>(row);
+    rank_segment<S>(x, std::min(a.vocab, kSegment), scratch.plan, scratch, scratch.total);
+    for (int64_t start = kSegment; start < a.vocab; start += kSegment) {
+        rank_segment<S>(x + start, std::min(kSegment, a.vocab - start), scratch.plan, scratch, scratch.part);
+        scratch.total.add(scratch.part);
+    }
+    write_ranks<S>(a, row, scratch.plan, scratch.total);
+}
+
+// Few long rows: the segments of each row are shared out. `rows` gives the finished state of a row, or null.
+template <class S, class T, class RowState>
+void rank_split(const RanksArgs& a, int threads, std::vector<RankScratch<S>>& scratch, const RowState& state) {
+    const int64_t n_rows = a.logits.rows, segments = segment_count(a.vocab);
+    std::vector<RankPlan<typename S::real>> plans(n_rows);
+    std::vector<RankTotals> totals(n_rows * segments);
+    Betas betas;
+    for (int64_t row = 0; row < n_rows; ++row) {
+        const auto [head, sums] = state(row);
+        if (head) betas.set(a.temperatures.row(row), a.temperatures.count);
+        make_plan<S, T>(a, row, head, sums, betas, plans[row]);
+    }
+    parallel_for(n_rows * segments, threads, 1, [&](int64_t task, int thread) {
+        const FlushDenormals flush;
+        const int64_t row = task / segments, start = task % segments * kSegment;
+        rank_segment<S>(a.logits.row<const T>(row) + start, std::min(kSegment, a.vocab - start), plans[row],
+                        scratch[thread], totals[task]);
+    });
+    for (int64_t row = 0; row < n_rows; ++row) {
+        for (int64_t s = 1; s < segments; ++s) totals[row * segments].add(totals[row * segments + s]);
+        write_ranks<S>(a, row, plans[row], totals[row * segments]);
+    }
+}
+
+template <class T> int64_t ranks(const RanksArgs& a) {
+    using S = typename SimdOf<T>::type;
+    const int64_t n_rows = a.logits.rows;
+    const bool masses = a.temperatures.count > 0;
+    const int threads = int(std::clamp<int64_t>(a.threads, 1, 1024));
+    FirstBad bad;
+    std::vector<RankScratch<S>> scratch(threads);
+    std::vector<Scratch<S>> sums(masses ? threads : 0);
+    if (!split_rows(n_rows, a.vocab, threads)) {
+        const Betas none;
+        parallel_for(n_rows, threads, rows_per_run(n_rows, a.vocab, threads), [&](int64_t row, int thread) {
+            if (!check_ids(a.selected, row, a.vocab, bad)) return;
+            Head head;
+            const FlushDenormals flush;
+            if (masses) {
+                Scratch<S>& own = sums[thread];
+                own.betas.set(a.temperatures.row(row), a.temperatures.count);
+                accumulate_row<S>(a.logits.row<const T>(row), a.vocab, own, head, own.row);
+            }
+            rank_row<S, T>(a, row, masses ? &head : nullptr, masses ? sums[thread].row.data() : nullptr,
+                           masses ? sums[thread].betas : none, scratch[thread]);
+        });
+        return bad.position();
+    }
+    for (int64_t row = 0; row < n_rows; ++row)
+        if (!check_ids(a.selected, row, a.vocab, bad)) return bad.position();
+    SplitState<S> state;
+    if (masses) state.template accumulate<T>(a.logits, a.vocab, a.temperatures, threads, sums);
+    rank_split<S, T>(a, threads, scratch, [&](int64_t row) { return masses ? state.of(row) : SplitState<S>::none(); });
+    return -1;
+}
+
+}  // namespace fastcalib::FASTCALIB_ISA

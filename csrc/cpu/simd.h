@@ -1,0 +1,306 @@
+// The SIMD layer: one vector type F32 with the few operations the kernels need, and F64, a scalar stand-in with the same
+// face for float64 logits. Arithmetic itself is written with + - * on the compiler's vector types.
+// Compiled once per instruction set; FASTCALIB_ISA names the namespace.
+#pragma once
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FC_INLINE inline __attribute__((always_inline))
+
+namespace fastcalib::FASTCALIB_ISA {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+FC_INLINE float to_real(float v) { return v; }
+FC_INLINE double to_real(double v) { return v; }
+FC_INLINE float to_real(bfloat16 v) { return std::bit_cast<float>(uint32_t(v.bits) << 16); }
+FC_INLINE float to_real(float16 v) {
+    const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff;
+    if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
+    if (rest < 0x400) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(float(rest) * 0x1p-24f));  // subnormal
+    return std::bit_cast<float>(sign | ((rest << 13) + (112u << 23)));
+}
+template <class T> FC_INLINE T from_real(double v);
+template <> FC_INLINE float from_real<float>(double v) { return float(v); }
+template <> FC_INLINE double from_real<double>(double v) { return v; }
+FC_INLINE bfloat16 round_bfloat16(float v) {
+    const uint32_t u = std::bit_cast<uint32_t>(v);
+    if ((u & 0x7fffffff) > 0x7f800000) return {uint16_t(0x7fc0)};
+    return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+FC_INLINE float16 round_float16(float v) {
+    const uint32_t u = std::bit_cast<uint32_t>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+    if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to inf
+    if (magnitude < 0x38800000) {                                    // subnormal: let the adder round
+        const float r = std::bit_cast<float>(magnitude) + 0.5f;
+        return {uint16_t(sign | (std::bit_cast<uint32_t>(r) - 0x3f000000))};
+    }
+    return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13))};
+}
+template <> FC_INLINE bfloat16 from_real<bfloat16>(double v) { return round_bfloat16(float(v)); }
+template <> FC_INLINE float16 from_real<float16>(double v) { return round_float16(float(v)); }
+
+// Flush results to zero for the life of a kernel on this thread: products of tiny probabilities would run 20 times slower.
+// Inputs are left alone, so that comparisons still tell a denormal logit from 0.
+struct FlushDenormals {
+#if defined(__x86_64__)
+    unsigned saved = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr((saved | 0x8000) & ~0x40u); }
+    ~FlushDenormals() { _mm_setcsr(saved); }
+#endif
+};
+
+FC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// 2^f on [-1/2, 1/2], relative error 9e-8 (minimax, degree 5).
+template <class V> FC_INLINE V exp2_fraction(V f, V c5, V c4, V c3, V c2, V c1, V one) {
+    V p = c5 * f + c4;
+    p = p * f + c3;
+    p = p * f + c2;
+    p = p * f + c1;
+    return p * f + one;
+}
+
+struct F32 {
+    using real = float;
+#if defined(__AVX512F__)
+    using vec = __m512;
+    static constexpr int lanes = 16;
+    static constexpr int chains = 2;  // independent accumulators: hides the latency of additions
+    static FC_INLINE vec set(float v) { return _mm512_set1_ps(v); }
+    static FC_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+    static FC_INLINE vec load(const bfloat16* p) {
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    }
+    static FC_INLINE vec load(const float16* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static FC_INLINE __m256i narrow_bfloat16(vec v) {
+        const __m512i u = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+        r = _mm512_srli_epi32(r, 16);
+        r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+        return _mm512_cvtepi32_epi16(r);
+    }
+    static FC_INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
+    static FC_INLINE void store(bfloat16* p, vec v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(v));
+    }
+    static FC_INLINE void store(float16* p, vec v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
+    }
+    static FC_INLINE void stream(float* p, vec v) { _mm512_stream_ps(p, v); }
+    static FC_INLINE void stream(bfloat16* p, vec v) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(v));
+    }
+    static FC_INLINE void stream(float16* p, vec v) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
+    }
+    // a where a > b, else b: a NaN in a is replaced, a NaN in b stays.
+    static FC_INLINE vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
+    static FC_INLINE float reduce_max(vec v) { return _mm512_reduce_max_ps(v); }
+    static FC_INLINE bool any_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+    static FC_INLINE bool any_not_less(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ) != 0; }
+    static FC_INLINE vec where_greater(vec a, vec b, vec v) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), v);
+    }
+    // 2^t for t in [-126, 127].
+    static FC_INLINE vec exp2(vec t) {
+        const vec n = _mm512_roundscale_ps(t, 8);
+        return _mm512_scalef_ps(poly(t - n), n);
+    }
+    // 2^t, exactly 0 below -126 (t may be -inf), for t <= 127. Runs under FlushDenormals.
+    static FC_INLINE vec exp2_or_zero(vec t) { return exp2(_mm512_max_ps(t, set(-200.f))); }
+    static FC_INLINE float* compress_not_less(float* out, vec v, vec bound) {
+        const __mmask16 m = _mm512_cmp_ps_mask(v, bound, _CMP_GE_OQ);
+        _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m, v));
+        return out + __builtin_popcount(m);
+    }
+    using count = __m512i;
+    static FC_INLINE count no_count() { return _mm512_setzero_si512(); }
+    static FC_INLINE count add_greater(count n, vec a, vec b) {
+        return _mm512_mask_sub_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), n, _mm512_set1_epi32(-1));
+    }
+    static FC_INLINE count add_not_less(count n, vec a, vec b) {
+        return _mm512_mask_sub_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), n, _mm512_set1_epi32(-1));
+    }
+    static FC_INLINE int64_t total(count n) { return _mm512_reduce_add_epi32(n); }
+#elif defined(__AVX2__)
+    using vec = __m256;
+    static constexpr int lanes = 8;
+    static constexpr int chains = 1;
+    static FC_INLINE vec set(float v) { return _mm256_set1_ps(v); }
+    static FC_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+    static FC_INLINE vec load(const bfloat16* p) {
+        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+    }
+    static FC_INLINE vec load(const float16* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static FC_INLINE __m128i narrow_bfloat16(vec v) {
+        const __m256i u = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff)), 16);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+        return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+    }
+    static FC_INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
+    static FC_INLINE void store(bfloat16* p, vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bfloat16(v)); }
+    static FC_INLINE void store(float16* p, vec v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+    }
+    static FC_INLINE void stream(float* p, vec v) { _mm256_stream_ps(p, v); }
+    static FC_INLINE void stream(bfloat16* p, vec v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bfloat16(v)); }
+    static FC_INLINE void stream(float16* p, vec v) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+    }
+    static FC_INLINE vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
+    static FC_INLINE bool any_greater(vec a, vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+    static FC_INLINE bool any_not_less(vec a, vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)) != 0; }
+    static FC_INLINE vec where_greater(vec a, vec b, vec v) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), v); }
+    using count = __m256i;
+    static FC_INLINE count no_count() { return _mm256_setzero_si256(); }
+    static FC_INLINE count add_greater(count n, vec a, vec b) {
+        return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+    }
+    static FC_INLINE count add_not_less(count n, vec a, vec b) {
+        return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+    }
+    using integers = __m256i;
+    static FC_INLINE integers as_integers(vec v) { return _mm256_castps_si256(v); }
+    static FC_INLINE vec add_exponent(vec p, integers n) {
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23)));
+    }
+#else
+    // Baseline: four lanes of the compiler's own vectors, SSE2 on x86-64 and NEON on aarch64 from the same lines.
+    typedef float vec __attribute__((vector_size(16)));
+    typedef int32_t count __attribute__((vector_size(16)));
+    typedef float unaligned_vec __attribute__((vector_size(16), aligned(4), may_alias));
+    static constexpr int lanes = 4;
+    static constexpr int chains = 1;
+    static FC_INLINE vec set(float v) { return vec{v, v, v, v}; }
+    static FC_INLINE vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
+    template <class T> static FC_INLINE vec load(const T* p) {
+        return vec{to_real(p[0]), to_real(p[1]), to_real(p[2]), to_real(p[3])};
+    }
+    static FC_INLINE void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
+    template <class T> static FC_INLINE void store(T* p, vec v) {
+        for (int i = 0; i < 4; ++i) p[i] = from_real<T>(v[i]);
+    }
+    template <class T> static FC_INLINE void stream(T* p, vec v) { store(p, v); }
+    static FC_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
+    static FC_INLINE bool any(count m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+    static FC_INLINE bool any_greater(vec a, vec b) { return any(a > b); }
+    static FC_INLINE bool any_not_less(vec a, vec b) { return any(a >= b); }
+    static FC_INLINE vec where_greater(vec a, vec b, vec v) { return (vec)((a > b) & (count)v); }
+    static FC_INLINE count no_count() { return count{0, 0, 0, 0}; }
+    static FC_INLINE count add_greater(count n, vec a, vec b) { return n - (a > b); }
+    static FC_INLINE count add_not_less(count n, vec a, vec b) { return n - (a >= b); }
+    using integers = count;
+    static FC_INLINE integers as_integers(vec v) { return (count)v; }
+    static FC_INLINE vec add_exponent(vec p, integers n) { return (vec)((count)p + (n << 23)); }
+#endif
+
+#if !defined(__AVX512F__)
+    static FC_INLINE float reduce_max(vec v) {
+        float top = v[0];
+        for (int i = 1; i < lanes; ++i) top = v[i] > top ? v[i] : top;
+        return top;
+    }
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+    static FC_INLINE vec exp2(vec t) {
+        const vec magic = set(12582912.f), r = t + magic;
+        return add_exponent(poly(t - (r - magic)), as_integers(r));
+    }
+    static FC_INLINE vec exp2_or_zero(vec t) {
+        const vec lowest = set(-126.f);
+        return where_greater(t, lowest, exp2(max(t, lowest)));
+    }
+    static FC_INLINE float* compress_not_less(float* out, vec v, vec bound) {
+        alignas(32) float value[lanes], least[lanes];
+        store(value, v);
+        store(least, bound);
+        for (int i = 0; i < lanes; ++i) {
+            *out = value[i];
+            out += value[i] >= least[i];
+        }
+        return out;
+    }
+    static FC_INLINE int64_t total(count n) {
+        int32_t value[lanes];
+        std::memcpy(value, &n, sizeof value);
+        int64_t sum = 0;
+        for (int i = 0; i < lanes; ++i) sum += value[i];
+        return sum;
+    }
+#endif
+    static FC_INLINE vec poly(vec f) {
+        return exp2_fraction(f, set(0.001326472731307149f), set(0.009671512991189957f), set(0.05550733581185341f),
+                             set(0.24022242426872253f), set(0.6931470036506653f), set(1.f));
+    }
+    static FC_INLINE double reduce_add(vec v) {
+        float value[lanes];
+        std::memcpy(value, &v, sizeof v);
+        double sum = 0;
+        for (int i = 0; i < lanes; ++i) sum += value[i];
+        return sum;
+    }
+    static constexpr float lowest = -FLT_MAX;
+    static constexpr float lowest_exponent = -126.f;
+};
+
+// float64 logits run the same kernels one number at a time on the C library's exp2: exact rather than fast.
+struct F64 {
+    using real = double;
+    using vec = double;
+    static constexpr int lanes = 1;
+    static constexpr int chains = 1;
+    static FC_INLINE vec set(double v) { return v; }
+    static FC_INLINE vec load(const double* p) { return *p; }
+    static FC_INLINE void store(double* p, vec v) { *p = v; }
+    static FC_INLINE void stream(double* p, vec v) { *p = v; }
+    static FC_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
+    static FC_INLINE double reduce_max(vec v) { return v; }
+    static FC_INLINE bool any_greater(vec a, vec b) { return a > b; }
+    static FC_INLINE bool any_not_less(vec a, vec b) { return a >= b; }
+    static FC_INLINE vec where_greater(vec a, vec b, vec v) { return a > b ? v : 0.0; }
+    static FC_INLINE vec exp2(vec t) { return ::exp2(t); }
+    static FC_INLINE vec exp2_or_zero(vec t) { return t > lowest_exponent ? ::exp2(t) : 0.0; }
+    static FC_INLINE double* compress_not_less(double* out, vec v, vec bound) {
+        *out = v;
+        return out + (v >= bound);
+    }
+    using count = int64_t;
+    static FC_INLINE count no_count() { return 0; }
+    static FC_INLINE count add_greater(count n, vec a, vec b) { return n + (a > b); }
+    static FC_INLINE count add_not_less(count n, vec a, vec b) { return n + (a >= b); }
+    static FC_INLINE int64_t total(count n) { return n; }
+    static FC_INLINE double reduce_add(vec v) { return v; }
+    static constexpr double lowest = -DBL_MAX;
+    static constexpr double lowest_exponent = -1022.0;
+};
+
+template <class T> struct SimdOf {
+    using type = F32;
+};
+template <> struct SimdOf<double> {
+    using type = F64;
+};
+
+}  // namespace fastcalib::FASTCALIB_ISA
