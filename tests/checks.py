@@ -10,9 +10,12 @@ import fastcalib
 from . import reference
 from .reference import OVER_TEMPERATURES, SMOOTH, Reference
 
-# The promise: 2e-6 for float32 statistics (17 units in the last place: a sum of 262,144 terms in blocks, an exponential, a
-# logarithm). float64 gets as many of its own units and ten times the room, because the reference has an error as well.
-UNIT = {torch.float32: 2e-6, torch.float64: 4e-14}
+# The promise: 2e-6 for float32 statistics, 17 units in the last place: a sum of up to 262,144 terms in blocks, an
+# exponential, a logarithm. float64 promises nothing in the issue; 2e-13 is 900 of its units, what serial lanes may lose.
+UNIT = {torch.float32: 2e-6, torch.float64: 2e-13}
+# Probabilities below the smallest normal number may be flushed to 0, or be that number: moments may hold V such terms times
+# a square of logits. Far below anything that matters, yet not 0.
+FLOOR = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -83,7 +86,8 @@ def assert_statistics(
         if name == "std_logits":
             enormous = want.size > torch.finfo(dtype).max / 2
             value, expected = (torch.where(enormous, 0.0, t.double()).to(t.dtype) for t in (value, expected))
-        assert_within(value, expected, limit + torch.finfo(value.dtype).tiny, f"{what} {name}", names)
+        floor = FLOOR[value.dtype] * want.size.nan_to_num(1.0).clamp(1.0, 1e5).max() ** 2
+        assert_within(value, expected, limit + floor, f"{what} {name}", names)
     assert torch.equal(got.argmax, want.argmax), f"{what} argmax: {got.argmax.tolist()} for {want.argmax.tolist()}"
 
 

@@ -130,10 +130,9 @@ def _row(z: Tensor, t: Tensor, ids: list[int], ignore_index: int) -> dict[str, T
     masked = not bool(finite.all())
     with torch.no_grad():
         varied = f.numel() > 1 and bool((f != f[0]).any())
-    minus_infinity = torch.tensor(-torch.inf, dtype=torch.float64)
     return stacked | {
         "argmax": torch.tensor(top),
-        "sum_logits": minus_infinity if masked else f.sum(),
+        "sum_logits": f.sum() - torch.inf if masked else f.sum(),  # every finite one has gradient 1, as in torch.sum
         "std_logits": ((f - f.mean()).square().sum() / (f.numel() - 1)).sqrt() if varied else f.sum() * 0,
         "max_logit": m,
         "size": f.detach().abs().max(),
