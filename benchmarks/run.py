@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.cases import QUICK, Case, all_cases
+from bench.cases import QUICK, SHORT, Case, all_cases
 from bench.machine import describe
 from bench.memory import RETAINED_HEAP
 from bench.overhead import run_overhead
 from bench.peers import survey
 from bench.plot import draw
+from bench.problem import SHAPES
 from bench.report import describe_machine, format_overhead, format_row, format_scaling, markdown
 from bench.scaling import run_scaling
 from bench.suite import SCHEMA, Settings, run_cases, validate
@@ -46,12 +47,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--overhead", action="store_true", help="only the cost of a call")
     add("--all", action="store_true", help="rows, targets, scaling and overhead")
     add("--only", metavar="REGEX", help="only rows whose name matches, e.g. 'statistics K=1 .*fp32.*fwd$'")
+    add("--shapes", type=shapes, default=None, metavar="NxV[,NxV]",
+        help="other sizes than the table's (the figures to reach are defined at 256x128256 only)")  # fmt: skip
     add("--list", action="store_true", help="print the names of the rows and stop")
     heaps = "gradients in fresh memory, in a child process that keeps its heap, or both (default, unless --quick)"
     add("--heap", choices=("fresh", "retained", "both"), default=None, help=heaps)
     add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s, as torch")
     add("--rounds", type=int, default=None, help="undisturbed samples of each competitor (default 9, quick 3)")
     add("--budget", type=float, default=None, help="seconds of sampling per row (default 20, quick 5)")
+    add("--no-wait", action="store_true", help="do not wait for the rest of the machine to be idle (to try things out)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--json", metavar="FILE", help="write everything measured")
     add("--plot", metavar="FILE.png", help="write a picture of the rows")
@@ -62,11 +66,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """ "256x128256,1x262144" -> ((256, 128256), (1, 262144))."""
+    pairs = [part.split("x") for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"expected sizes such as 256x128256, separated by commas, got {text!r}")
+    return tuple((int(n), int(v)) for n, v in pairs)
+
+
 def choose(options: argparse.Namespace) -> list[Case]:
     """The rows asked for."""
-    cases = list(all_cases())
+    cases = list(all_cases(options.shapes or SHAPES))
     if options.quick and not options.only:
-        cases = [c for c in cases if c.name in QUICK]
+        quick = {f"{op} {dtype} {direction}" for op, dtype, direction in QUICK}
+        first = (cases[0].n, cases[0].v)
+        cases = [c for c in cases if (c.n, c.v) == first and f"{c.op} {SHORT[c.dtype]} {c.direction}" in quick]
     if options.only:
         cases = [c for c in cases if re.search(options.only, c.name)]
     if options.backward_only:
@@ -79,22 +93,26 @@ def settings_of(options: argparse.Namespace) -> Settings:
         threads=options.threads,
         rounds=options.rounds or (3 if options.quick else 9),
         budget=options.budget or (5.0 if options.quick else 20.0),
+        quiet=0.0 if options.no_wait else 1.0,
         compile=not options.no_compile,
+        target_shape=(options.shapes or SHAPES)[0],
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
 
 
-def child_arguments(settings: Settings) -> list[str]:
+def child_arguments(options: argparse.Namespace, settings: Settings) -> list[str]:
     """Options that make a child process measure as we do."""
-    arguments = ["--threads", settings.threads, "--rounds", settings.rounds, "--budget", settings.budget]
-    return [str(a) for a in arguments] + ([] if settings.compile else ["--no-compile"])
+    arguments: list[object] = ["--threads", settings.threads, "--rounds", settings.rounds, "--budget", settings.budget]
+    arguments += ["--shapes", ",".join(f"{n}x{v}" for n, v in options.shapes)] if options.shapes else []
+    arguments += ([] if settings.compile else ["--no-compile"]) + (["--no-wait"] if options.no_wait else [])
+    return [str(a) for a in arguments]
 
 
 def retained_rows(options: argparse.Namespace, settings: Settings) -> list[dict[str, Any]]:
     """The rows with a gradient once more, in a child process whose heap keeps what is freed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        command = [sys.executable, str(Path(__file__).resolve()), *child_arguments(settings)]
+        command = [sys.executable, str(Path(__file__).resolve()), *child_arguments(options, settings)]
         command += ["--heap", "fresh", "--backward-only", "--json", str(out)]
         command += ["--quick"] if options.quick else []
         command += ["--only", options.only] if options.only else []
@@ -104,6 +122,10 @@ def retained_rows(options: argparse.Namespace, settings: Settings) -> list[dict[
             return []
         rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
         return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    print("\n" + format_row(row), flush=True)
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,12 +143,13 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         heap = options.heap or ("fresh" if options.quick else "both")
         cases = choose(options)
         if heap in ("fresh", "both"):
-            document["rows"] += run_cases(cases, settings)
+            document["rows"] += run_cases(cases, settings, show)
         if heap in ("retained", "both") and any(c.direction == "fwd+bwd" for c in cases):
-            document["rows"] += retained_rows(options, settings)
-        print("\n" + "\n\n".join(format_row(row) for row in document["rows"]))
+            for row in retained_rows(options, settings):
+                show(row)
+                document["rows"].append(row)
     if options.targets or options.all:
-        document["targets"] = run_targets(settings, child_arguments(settings))
+        document["targets"] = run_targets(settings, child_arguments(options, settings))
         print("\n" + format_table(document["targets"]["table"]))
     if options.scaling or options.all:
         document["scaling"] = run_scaling(settings, options.quick)

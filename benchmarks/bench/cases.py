@@ -222,12 +222,13 @@ def all_cases(shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
                 yield case(f"loss {name}", "fwd+bwd", formula, 3, partial(loss, backward=True), "losses")
 
 
+# What --quick runs: op, dtype, direction, at the first shape.
 QUICK = (
-    "statistics K=1 | fp32 | 256x128256 | fwd",
-    "statistics K=1 | bf16 | 256x128256 | fwd",
-    "statistics K=8 arithmetic | fp32 | 256x128256 | fwd",
-    "ranks M=1 | fp32 | 256x128256 | fwd",
-    "ranks M=16 | fp32 | 256x128256 | fwd",
-    "softmax | fp32 | 256x128256 | fwd",
-    "loss nll | fp32 | 256x128256 | fwd+bwd",
+    ("statistics K=1", "fp32", "fwd"),
+    ("statistics K=1", "bf16", "fwd"),
+    ("statistics K=8 arithmetic", "fp32", "fwd"),
+    ("ranks M=1", "fp32", "fwd"),
+    ("ranks M=16", "fp32", "fwd"),
+    ("softmax", "fp32", "fwd"),
+    ("loss nll", "fp32", "fwd+bwd"),
 )

@@ -8,6 +8,10 @@ from typing import Any
 Row = dict[str, Any]
 # Okabe and Ito's palette: told apart by the colour-blind, and by lightness in grey.
 COLOURS = {"eager": "#0072B2", "torch.compile": "#E69F00", "other": "#009E73"}
+MOST_ROWS = 20
+STORY = [(f"statistics {label}", "fwd") for label in ("K=1", "K=8", "K=8 arithmetic")]
+STORY += [(f"ranks M={m}", "fwd") for m in (1, 16, 4096)]
+STORY += [("softmax", "fwd"), ("loss nll", "fwd"), ("loss nll", "fwd+bwd"), ("loss lambda_pr", "fwd+bwd")]
 LABELS = {"eager": "eager PyTorch", "torch.compile": "torch.compile"}
 
 
@@ -17,7 +21,13 @@ def _title(row: Row) -> str:
 
 
 def _drawn(rows: list[Row]) -> list[Row]:
-    return [r for r in rows if r["speedup"] and not r["entries"]["fastcalib"].get("unavailable")]
+    """The rows with something to show; of a long list, those of the first shape that tell the story."""
+    rows = [r for r in rows if r["speedup"] and not r["entries"]["fastcalib"].get("unavailable")]
+    if len(rows) <= MOST_ROWS:
+        return rows
+    story = [r for r in rows if r["heap"] == "fresh" and (r["n"], r["v"]) == (rows[0]["n"], rows[0]["v"])]
+    chosen = [r for r in story if (r["op"], r["direction"]) in STORY]
+    return chosen or rows[:MOST_ROWS]
 
 
 def draw(document: dict[str, Any], path: str | Path) -> bool:

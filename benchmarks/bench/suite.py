@@ -29,6 +29,7 @@ class Settings:
     budget: float = 20.0  # seconds per case, beyond warm-up
     compile: bool = True
     quiet: float = 1.0
+    target_shape: tuple[int, int] = (256, 128_256)  # where the figures to reach are defined
     say: Callable[[str], None] = field(default=lambda text: None)
 
 
@@ -129,8 +130,10 @@ def _ratios(row: dict[str, Any], timings: dict[str, Timing]) -> None:
             row["speedup"][name] = {"least": ratio(timing, own), "paired": ratio(timing, own, "paired")}
 
 
-def run_cases(cases: list[Case], settings: Settings) -> list[dict[str, Any]]:
-    """All cases, in order; problems are shared by neighbours of the same size and dtype."""
+def run_cases(
+    cases: list[Case], settings: Settings, show: Callable[[dict[str, Any]], None] = lambda row: None
+) -> list[dict[str, Any]]:
+    """All cases, in order, each handed to ``show`` when done; neighbours of the same size and dtype share a problem."""
     ceilings = make_ceilings(settings.threads)
     rows: list[dict[str, Any]] = []
     problem: Problem | None = None
@@ -141,6 +144,7 @@ def run_cases(cases: list[Case], settings: Settings) -> list[dict[str, Any]]:
             problem = Problem(case.n, case.v, case.dtype)
         settings.say(f"[{i + 1}/{len(cases)}] {case.name}")
         rows.append(run_case(case, problem, settings, ceilings))
+        show(rows[-1])
     return rows
 
 

@@ -23,7 +23,7 @@ from .harness import Timing, Variant, measure, ratio
 from .memory import MB, RETAINED_HEAP, peak_extra
 from .problem import ARBITRARY, ARITHMETIC, Outputs, Problem
 from .suite import Settings, make_ceilings, reason
-from .targets import ROWS, VOCABULARY, Part, fill, parts, table
+from .targets import Part, fill, parts, table
 
 Factory = Callable[[], Callable[[], Any]]
 
@@ -84,7 +84,7 @@ def _add_ceiling(
 
 def _statistics(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtype, filled: list[Part]) -> Run:
     """Rows 1 to 7 for one dtype, all in one run."""
-    problem = Problem(ROWS, VOCABULARY, dtype)
+    problem = Problem(*settings.target_shape, dtype)
     z, target = problem.logits, problem.target
     run = Run(settings)
     _add_ceiling(run, "read", ceilings, lambda c: c.read(z))
@@ -131,7 +131,7 @@ def _cross_entropy(problem: Problem) -> dict[str, Factory]:
 
 def _gradients(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtype, filled: list[Part]) -> Run:
     """Rows 8 and 9, and with fp32 rows 10 to 12. What works in place finds fresh logits, outside the clock."""
-    problem = Problem(ROWS, VOCABULARY, dtype)
+    problem = Problem(*settings.target_shape, dtype)
     z, target, work, out = problem.logits, problem.target, problem.logits.clone(), problem.scratch
     run = Run(settings)
 
@@ -160,7 +160,7 @@ def _gradients(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtype
 
 def retained_run(settings: Settings) -> Run:
     """Rows 11 and 12 in a process that keeps its heap (see :data:`memory.RETAINED_HEAP`)."""
-    problem = Problem(ROWS, VOCABULARY, torch.float32)
+    problem = Problem(*settings.target_shape, torch.float32)
     work, target = problem.logits.clone(), problem.target
     run = Run(settings)
     run.add("fused in place", lambda: ours.fused_in_place(work, target), before=lambda: work.copy_(problem.logits))
@@ -197,7 +197,7 @@ def _fill_retained(times: dict[str, Any], filled: list[Part]) -> None:
 
 def _ranks(settings: Settings, ceilings: Ceilings | None, filled: list[Part]) -> Run:
     """Rows 13 to 15, fp32."""
-    problem = Problem(ROWS, VOCABULARY, torch.float32)
+    problem = Problem(*settings.target_shape, torch.float32)
     z = problem.logits
     run = Run(settings)
     _add_ceiling(run, "read", ceilings, lambda c: c.read(z))
@@ -242,10 +242,10 @@ def _memory(settings: Settings, filled: list[Part]) -> None:
         ("statistics K=1 fp32", torch.float32, (1.0,)),
         ("statistics K=8 bf16", torch.bfloat16, ARBITRARY[8]),
     ):
-        problem = Problem(ROWS, VOCABULARY, dtype)
+        problem = Problem(*settings.target_shape, dtype)
         make: Factory = partial(ours.statistics, problem.logits, problem.target, grid)
         fill(filled, 16, label, partial(extra, make))
-    problem = Problem(ROWS, VOCABULARY, torch.float32)
+    problem = Problem(*settings.target_shape, torch.float32)
     for label, m in (("ranks M=1 fp32", 1), ("ranks M=4096 fp32, beyond its outputs", 4096)):
         fill(filled, 16, label, partial(extra, partial(ours.ranks, problem.logits, problem.selected(m))))
     work = problem.logits.clone()

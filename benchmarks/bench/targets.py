@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 NOT_BUILT = "not built yet"
-ROWS = 256
-VOCABULARY = 128_256
 
 
 @dataclass
