@@ -85,8 +85,7 @@ def _import(name: str) -> None:
 def loss_function(name: str, options: dict[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
     """``(logits, target) -> mean loss`` of one of ``fastcalib.losses``.
 
-    Losses whose arguments are per-position tensors (lambda_pr) get the number given; trunc and trunc_r keep a state, so
-    those get their own module, made once.
+    trunc and trunc_r keep a state, so those are modules, made once.
     """
     _import("losses")
     losses = _attribute(_library(), "losses")
@@ -94,8 +93,6 @@ def loss_function(name: str, options: dict[str, float]) -> Callable[[Tensor, Ten
         module = _attribute(losses, {"trunc": "TruncLoss", "trunc_r": "TruncRLoss"}[name])(**options)
         return lambda logits, target: module(logits, target)
     function = _attribute(losses, name)
-    if name == "lambda_pr":
-        options = {"gamma": options["gamma"], "lam": options["lam"]} | {k: options[k] for k in ("position", "length")}
     return lambda logits, target: function(logits, target, **options)
 
 

@@ -78,8 +78,8 @@ def _lambda_pr(log_p: Tensor, gamma: float, lam: float, position: float, length:
     p = log_p.detach().exp()
     root = lam ** (1.0 / length)
     delta = gamma * root / (1 - (1 - gamma) * root)
-    w = lam ** (position / (length - 1)) * (p <= delta) * p / (gamma + (1 - gamma) * p)
-    return -w * log_p
+    w = lam ** (position / (length - 1)) * p / (gamma + (1 - gamma) * p)
+    return -torch.where(p <= delta, w, 0.0) * log_p
 
 
 def _gem(logits: Tensor, target: Tensor, beta: float) -> Tensor:
