@@ -231,7 +231,7 @@ def test_both_ways_of_ranking_agree():
 def test_competitors_compute_the_same_loss_as_ours(name):
     """A benchmark against something else would be worth nothing."""
     pytest.importorskip("fastcalib.losses")
-    problem = Problem(6, 50, torch.float32)
+    problem = Problem(20, 100_000, torch.float32)  # a vocabulary large enough for truncation to keep some and drop some
     options, per_token = plain.LOSSES[name]
     z = problem.logits.double()
     function = ours.loss_function(name, options)
@@ -240,7 +240,8 @@ def test_competitors_compute_the_same_loss_as_ours(name):
     (grad,) = torch.autograd.grad(loss, leaf)
     want_loss, want_grad = gradient(per_token, z, problem.target, problem.n)
     torch.testing.assert_close(loss.detach(), want_loss, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(grad, want_grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-8, atol=1e-12)
+    assert want_grad.abs().max() > 0
 
 
 # --- the suite

@@ -83,16 +83,9 @@ def _import(name: str) -> None:
 
 
 def loss_function(name: str, options: dict[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
-    """``(logits, target) -> mean loss`` of one of ``fastcalib.losses``.
-
-    trunc and trunc_r keep a state, so those are modules, made once.
-    """
+    """``(logits, target) -> mean loss`` of one of ``fastcalib.losses``."""
     _import("losses")
-    losses = _attribute(_library(), "losses")
-    if name in ("trunc", "trunc_r"):
-        module = _attribute(losses, {"trunc": "TruncLoss", "trunc_r": "TruncRLoss"}[name])(**options)
-        return lambda logits, target: module(logits, target)
-    function = _attribute(losses, name)
+    function = _attribute(_library(), f"losses.{name}")
     return lambda logits, target: function(logits, target, **options)
 
 

@@ -97,8 +97,12 @@ def _tofu(logits: Tensor, target: Tensor, gamma: float, beta: float) -> Tensor:
     return -coefficient * beta * F.log_softmax(z / beta, -1).gather(-1, target[:, None]).squeeze(-1)
 
 
-# Name in fastcalib.losses -> (its arguments, the same loss per token written out). trunc and trunc_r have a state; here
-# they keep everything, as both do until their buffer is full.
+def _kept(loss: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.where(rule(loss.detach()), loss, 0.0)
+
+
+# Name in fastcalib.losses -> (its arguments, the same loss per token written out). The threshold of trunc and trunc_r
+# is about the median loss of our random targets.
 LOSSES: dict[str, tuple[dict[str, float], PerToken]] = {
     "nll": ({}, nll),
     "tailr": ({"gamma": 1e-5, "w_min": 0.0}, _of_log_prob(lambda lp: _tailr(lp, 1e-5, 0.0))),
@@ -106,8 +110,8 @@ LOSSES: dict[str, tuple[dict[str, float], PerToken]] = {
         {"gamma": 1e-5, "lam": 0.5, "position": 10, "length": 100},
         _of_log_prob(lambda lp: _lambda_pr(lp, 1e-5, 0.5, 10, 100)),
     ),
-    "trunc": ({}, nll),
-    "trunc_r": ({}, nll),
+    "trunc": ({"threshold": 13.0}, lambda z, t: _kept(nll(z, t), lambda x: x < 13.0)),
+    "trunc_r": ({"threshold": 13.0}, lambda z, t: _kept(nll(z, t), lambda x: x > 13.0)),
     "c_div": ({"alpha": 0.5}, _of_log_prob(lambda lp: ((0.5 * lp).exp() - 1) / (0.5 * -0.5))),
     "gold": ({}, _of_log_prob(lambda lp: -lp.detach().exp().clamp(min=0.1) * lp)),
     "dft": ({}, _of_log_prob(lambda lp: -lp.detach().exp() * lp)),
