@@ -99,16 +99,17 @@ def test_lambda_pr_at_one_is_tailr(backend: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_lambda_pr_near_one_approaches_tailr() -> None:
-    """1 - (1 - g) lam^(1/L) cancels to nothing for small g when formed naively in float32."""
-    z = sharp_logits(torch.float32)
-    options = {"position": torch.zeros(N), "length": torch.tensor(4096), "reduction": "none"}
-    lam, gamma = 0.999, 1e-7
-    got = losses.lambda_pr(z, TARGET, lam=lam, gamma=gamma, **options)
-    r = lam ** (1 / 4096)
-    cutoff = gamma * r / ((1 - r) + gamma * r)  # 0.29: between the probabilities of the targets
-    p = torch.softmax(z.double(), -1)[torch.arange(N), TARGET]
-    assert ((got > 0) == (p <= cutoff)).all() and (p <= cutoff).any() and (p > cutoff).any()
+@pytest.mark.parametrize(("lam", "length"), [(0.999, 4096), (0.5, 100_000), (0.9999999, 2), (0.1, 3)])
+def test_lambda_pr_cuts_where_it_should_in_float32(lam: float, length: int) -> None:
+    """1 - (1 - g) lam^(1/L) cancels to nothing when lam^(1/L) is close to 1 and g small."""
+    gamma = 1e-7
+    r = lam ** (1 / length)
+    cutoff = gamma * r / ((1 - r) + gamma * r)
+    p = torch.tensor([cutoff * 0.999, cutoff * 1.001], dtype=torch.float64)
+    logits = torch.stack([p.log(), torch.log1p(-p)], -1).float()
+    target = torch.zeros(2, dtype=torch.int64)
+    got = losses.lambda_pr(logits, target, lam=lam, gamma=gamma, position=0, length=length, reduction="none")
+    assert got[0] > 0 and got[1] == 0
 
 
 def test_lambda_above_one_drops_nothing() -> None:
@@ -358,8 +359,8 @@ def test_lambda_pr_takes_positions_from_a_batch_of_sequences(backend: str) -> No
         losses.lambda_pr(sharp_logits(), TARGET, lam=0.3)
     with pytest.raises(ValueError, match="position must broadcast"):
         losses.lambda_pr(logits, target, lam=0.3, position=torch.arange(3))
-    single = losses.lambda_pr(logits[:, :1], target[:, :1], lam=0.3, gamma=0.05)  # L - 1 = 0
-    assert single.isfinite()
+    single = losses.lambda_pr(logits[:, 3:], target[:, 3:], lam=0.3, gamma=0.05)  # L - 1 = 0
+    assert single.isfinite() and single > 0
 
 
 def test_gold_reward_multiplies_whole_sequences() -> None:
