@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,31 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
         typer.echo(json.dumps(facts, indent=2))
     else:
         Console().print(render(facts))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastcalib-demo"),
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on. [default: Python's reference]")] = None,
+    model: Annotated[Path | None, typer.Option(help="GGUF file or model folder. [default: SmolLM2-135M]")] = None,
+    tokens: Annotated[int, typer.Option(help="Predictions to measure, at least.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens of context.")] = 512,
+    batch: Annotated[int, typer.Option(help="Windows per forward of the model.")] = 1,
+    prompt_style: Annotated[str, typer.Option(help="Prompts of the valid-token tasks: plain or chat.")] = "plain",
+) -> None:
+    """Write a calibration report of a real language model: tables, JSON, CSV and figures."""
+    from .demo import DemoError, DemoOptions, run_demo
+
+    try:
+        run_demo(DemoOptions(out, text, model, tokens, window, batch, prompt_style))
+    except DemoError as error:
+        typer.secho(f"fastcalib demo: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nStopped. What was finished is in {out / 'state'}; the same command goes on from there.", err=True
+        )
+        raise typer.Exit(130) from None
 
 
 def main() -> None:

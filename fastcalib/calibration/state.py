@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class CalibrationState:
 
     def __init__(
         self,
-        temperatures: float | Sequence[float] = 1.0,
+        temperatures: float | Iterable[float] = 1.0,
         *,
         cells: int = 3840,
         device: torch.device | str | None = None,
