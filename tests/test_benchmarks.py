@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -65,6 +66,10 @@ def test_time_of_a_call_leaves_its_preparation_out(clock):
     prepared = harness.Variant("prepared", clock.advance(0.25), before=clock.advance(100.0))
     result = harness.measure([prepared], rounds=3, budget=1e9)
     assert result["prepared"].kept == [0.25] * 3
+    several = harness.Variant("several", clock.advance(0.01), before=clock.advance(100.0))
+    result = harness.measure([several], rounds=2, budget=1e9, min_sample=0.04)
+    assert result["several"].inner == 4
+    assert result["several"].kept == pytest.approx([0.01, 0.01])
 
 
 def test_a_sample_is_the_mean_over_its_calls(clock):
@@ -194,6 +199,7 @@ def test_no_compiler_is_said(monkeypatch, capsys):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no resettable high-water mark")
 def test_peak_memory_counts_what_the_call_touches():
     size = 32 * 2**20
+    torch.zeros(8 * size, dtype=torch.uint8).add_(1)  # an older, higher mark, which must not count
     extra = memory.peak_extra(lambda: torch.zeros(size, dtype=torch.uint8).add_(1))
     assert extra == pytest.approx(size / 1e6, abs=4)
 
@@ -378,8 +384,10 @@ def test_json_follows_its_schema(document):
 
 def test_results_do_not_tell_where_they_were_taken(document):
     text = json.dumps(document) + report.markdown(document)
-    for secret in (socket.gethostname(), str(FOLDER.parent), str(Path.home()), sys.prefix):
+    for secret in (str(FOLDER.parent), str(Path.home()), sys.prefix):
         assert len(secret) < 4 or secret not in text
+    host = socket.gethostname()
+    assert not re.search(rf"\b{re.escape(host)}\b", text) or host in ("localhost", "x86", "linux")
     for fact in ("cpu", "cores", "caches", "memory_gib", "isa", "torch", "compiler", "date"):
         assert document["machine"][fact]
 
