@@ -97,10 +97,6 @@ def per_token_loss(
 ) -> Tensor:
     """Loss of each token with regularisers and weight, exactly 0 and without gradient where the target is ignored."""
     kept = target != settings.ignore_index
-    assert stats.log_prob is not None
-    # An ignored token has log p = 0, where the derivative of a formula may be infinite; 0 * inf would be NaN.
-    shaped = kept.unsqueeze(-1) if stats.log_prob.dim() > kept.dim() else kept
-    stats = stats._replace(log_prob=torch.where(shaped, stats.log_prob, -1.0))
     base = column(stats, 0) if formula.factors else stats
     loss = formula.per_token(stats, target, **own, **token_arguments)
     if settings.label_smoothing:
