@@ -112,7 +112,7 @@ def ece_curve(ax: Axes, report: dict[str, Any]) -> None:
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _mark_fit(ax, report)
-    ax.legend(loc="lower left")
+    ax.legend(loc="upper center")
 
 
 def _mark_fit(ax: Axes, report: dict[str, Any]) -> None:
