@@ -258,6 +258,17 @@ def test_fit_temperature_leaves_ignored_tokens_and_padding_out():
     assert fit_temperature(padded, with_ignored, vocab_size=30).temperature == pytest.approx(expected, rel=1e-9)
 
 
+def test_sums_leave_out_a_padding_id_that_the_statistics_did_not_know_of():
+    logits, target = make(40, 8)
+    kept = target != 0
+    stats = fastcalib.statistics(logits, target, TEMPERATURES)
+    sums = NLLSums.from_statistics(stats, target, TEMPERATURES, ignore_index=0)
+    some = fastcalib.statistics(logits[kept], target[kept], TEMPERATURES)
+    expected = NLLSums.from_statistics(some, target[kept], TEMPERATURES)
+    assert 0 < kept.sum() < 40
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(sums, expected))
+
+
 def test_fit_reports_the_bound():
     logits = torch.tensor([[3.0, 0.0], [2.0, 0.0]])
     always_right = fit_temperature(logits, torch.tensor([0, 0]))
