@@ -445,12 +445,11 @@ def test_truncation_mean_counts_dropped_tokens() -> None:
 # torch.compile
 
 
-@every_loss
-def test_compiles_without_a_graph_break(case: Case, backend: str) -> None:
+def assert_compiles(case: Case, **options: object) -> None:
     z = sharp_logits(torch.float32)
 
     def step(z: Tensor) -> Tensor:
-        return case.function()(z, TARGET, **case.own, label_smoothing=0.1, backend=backend)
+        return case.function()(z, TARGET, **case.own, label_smoothing=0.1, **options)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -458,6 +457,25 @@ def test_compiles_without_a_graph_break(case: Case, backend: str) -> None:
     a, b = compiled(got), step(want)
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(*(torch.autograd.grad(loss, leaf)[0] for loss, leaf in ((a, got), (b, want))))
+
+
+@every_loss
+def test_compiles_without_a_graph_break(case: Case) -> None:
+    assert_compiles(case)
+
+
+@pytest.mark.parametrize("name", [n for n, (live, _) in fastcalib.backends().items() if live])
+def test_compiles_with_a_backend_named(name: str) -> None:
+    assert_compiles(CASES[0], backend=name)
+
+
+def test_truncation_compiles_with_its_memory() -> None:
+    torch._dynamo.reset()
+    plain, module = losses.TruncLoss(buffer_size=N), losses.TruncLoss(buffer_size=N)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(sharp_logits(torch.float32), TARGET), plain(sharp_logits(torch.float32), TARGET))
+        assert torch.equal(module.recent, plain.recent) and module.seen == plain.seen
 
 
 # Errors and documentation
