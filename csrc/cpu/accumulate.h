@@ -1,6 +1,6 @@
 // One read of a segment of a row -> its Head and the Sums of K temperatures (see row_state.h for the symbols).
 //
-// Block by block: a first pass over 2,048 columns (from memory) finds the maximum, the spread of the logits and any NaN; a
+// Block by block: a first pass over up to 2,048 columns (from memory) finds the maximum, the spread of the logits and any NaN; a
 // second pass (from the first-level cache) sums exponentials against the running maximum. Each block's sums are added to
 // second-level accumulators, so no float32 sum is longer than a few hundred terms.
 #pragma once
@@ -36,6 +36,16 @@ struct Betas {
         step = std::fabs(d);
     }
     int64_t count() const { return int64_t(b.size()); }
+};
+
+// Fetches the next block bit by bit while this one is summed, so that memory and arithmetic overlap.
+struct Ahead {
+    const char* at;
+    int64_t bytes;  // a step: as many as one vector of logits
+    FC_INLINE void next() {
+        __builtin_prefetch(at + 12288, 0, 2);
+        at += bytes;
+    }
 };
 
 // s0, s1, s2, r2 of one temperature, lane by lane.
@@ -87,8 +97,8 @@ template <class S> struct Scratch {
 
 // Sums of G neighbouring temperatures over a block of n values, a multiple of the vector length.
 template <class S, int G>
-FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::real max, const double* c,
-                         Lanes<S>* sums) {
+FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::real max, const double* c, Lanes<S>* sums,
+                         Ahead& ahead) {
     using real = typename S::real;
     using vec = typename S::vec;
     constexpr int chains = G == 1 ? S::chains : 1;
@@ -99,6 +109,7 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
     const vec m = S::set(max), least = S::set(S::lowest_exponent);
     int64_t i = 0;
     const auto step = [&](int64_t at, int chain) __attribute__((always_inline)) {
+        ahead.next();
         const vec y = S::load(values + at) - m;
         for (int g = 0; g < G; ++g) {
             const vec t = S::max(y * scale[g], least);  // also turns -inf into a negligible 2^-126
@@ -118,7 +129,8 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
 // the scratch between groups of G. Moments are in y here and brought to t = c y on the way out.
 template <class S, int G, bool First>
 FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max,
-                                    double c_least, double step, const double* const* c, Lanes<S>* const* sums) {
+                                    double c_least, double step, const double* const* c, Lanes<S>* const* sums,
+                                    Ahead& ahead) {
     using real = typename S::real;
     using vec = typename S::vec;
     Lanes<S> lanes[G];
@@ -126,6 +138,7 @@ FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real*
     const vec m = S::set(max), least = S::set(S::lowest_exponent), floor = S::set(real(S::lowest_exponent / c_least));
     const vec first = S::set(real(c_least)), distance = S::set(real(step));
     for (int64_t i = 0; i < n; i += S::lanes) {
+        ahead.next();
         const vec y = S::max(S::load(values + i) - m, floor);
         vec e, w;
         if constexpr (First) {
@@ -146,7 +159,8 @@ FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real*
 }
 
 template <class S>
-FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max) {
+FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max,
+                                Ahead& ahead) {
     const Betas& betas = scratch.betas;
     const int64_t count = betas.count();
     Lanes<S>* sums = scratch.sums.data();
@@ -162,21 +176,21 @@ FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* val
             }
             // Every 16 temperatures the power is formed anew, so that rounding does not build up.
             const bool anew = k % 16 == 0;
-            if (group == 4 && anew) sum_block_arithmetic<S, 4, true>(scratch, values, n, max, *c[0], betas.step, c, to);
-            else if (group == 4) sum_block_arithmetic<S, 4, false>(scratch, values, n, max, *c[0], betas.step, c, to);
-            else if (anew) sum_block_arithmetic<S, 1, true>(scratch, values, n, max, *c[0], betas.step, c, to);
-            else sum_block_arithmetic<S, 1, false>(scratch, values, n, max, *c[0], betas.step, c, to);
+            if (group == 4 && anew) sum_block_arithmetic<S, 4, true>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
+            else if (group == 4) sum_block_arithmetic<S, 4, false>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
+            else if (anew) sum_block_arithmetic<S, 1, true>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
+            else sum_block_arithmetic<S, 1, false>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
             k += group;
         }
         return;
     }
     int64_t k = 0;
-    for (; k + 4 <= count; k += 4) sum_block<S, 4>(values, n, max, &betas.c[k], sums + k);
+    for (; k + 4 <= count; k += 4) sum_block<S, 4>(values, n, max, &betas.c[k], sums + k, ahead);
     if (k + 2 <= count) {
-        sum_block<S, 2>(values, n, max, &betas.c[k], sums + k);
+        sum_block<S, 2>(values, n, max, &betas.c[k], sums + k, ahead);
         k += 2;
     }
-    if (k < count) sum_block<S, 1>(values, n, max, &betas.c[k], sums + k);
+    if (k < count) sum_block<S, 1>(values, n, max, &betas.c[k], sums + k, ahead);
 }
 
 // Spread of a segment with -inf, NaN or overflow in it: one more look, from the cache, in double.
@@ -201,6 +215,17 @@ template <class T> __attribute__((noinline)) void careful_spread(const T* x, int
     head.m2 = m2;
 }
 
+// Lowest column from `from` on with x >= bound; there is one.
+template <class S, class T> int64_t first_not_less(const T* x, int64_t from, int64_t n, typename S::real bound) {
+    const auto least = S::set(bound);
+    while (from + S::lanes <= n && !S::any_not_less(S::load(x + from), least)) from += S::lanes;
+    while (from < n && !(to_real(x[from]) >= bound)) ++from;
+    return from;
+}
+
+// Short vectors add more terms in a lane, so their blocks are shorter: about 128 terms a lane in every instruction set.
+template <class S> constexpr int64_t kSumBlock = std::clamp<int64_t>(128 * S::lanes, 512, kBlock);
+
 template <class S, class T>
 void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
     using real = typename S::real;
@@ -222,8 +247,8 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
     const vec center_v = S::set(center);
     double sum = 0, square = 0;
 
-    for (int64_t start = 0; start < n; start += kBlock) {
-        const int64_t length = std::min(kBlock, n - start), whole = length / S::lanes * S::lanes;
+    for (int64_t start = 0; start < n; start += kSumBlock<S>) {
+        const int64_t length = std::min(kSumBlock<S>, n - start), whole = length / S::lanes * S::lanes;
         const T* from = x + start;
         // float32 is read in place; 16-bit logits are widened once, as is a last block that needs padding.
         constexpr bool in_place = std::is_same_v<T, real>;
@@ -240,8 +265,6 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
         };
         int64_t i = 0;
         for (; i + 2 * S::lanes <= whole; i += 2 * S::lanes) {
-            prefetch(reinterpret_cast<const char*>(from + i) + 4096);
-            if constexpr (2 * S::lanes * sizeof(T) > 64) prefetch(reinterpret_cast<const char*>(from + i) + 4096 + 64);
             look(i, 0);
             look(i + S::lanes, 1);
         }
@@ -273,13 +296,14 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
                 for (int64_t k = 0; k < k_count; ++k)
                     scratch.sums[k].shift(scratch.betas.c[k] * (double(max) - double(block_max)));
             max = block_max;
-            for (i = 0; i < length; ++i)
-                if (values[i] == block_max) break;
-            argmax = start + i;
+            argmax = start;  // of its block; the place within it is looked up once, at the end
         }
-        if (argmax >= 0) sum_temperatures<S>(scratch, values, padded, max);
+        if (argmax < 0) continue;
+        Ahead ahead{reinterpret_cast<const char*>(from + length), int64_t(S::lanes * sizeof(T))};
+        sum_temperatures<S>(scratch, values, padded, max, ahead);
     }
     for (int64_t k = 0; k < k_count; ++k) out[k] = scratch.sums[k].total();
+    if (argmax >= 0) argmax = first_not_less<S>(x, argmax, n, max);
     head.max = argmax >= 0 ? double(max) : -HUGE_VAL;
     head.argmax = argmax;
     if (std::isfinite(sum) && std::isfinite(square)) {

@@ -18,7 +18,7 @@
 
 namespace fastcalib::FASTCALIB_ISA {
 
-constexpr int64_t kCompareAll = 16;  // up to this many distinct thresholds, compare with each
+constexpr int64_t kCompareAll = 64;  // up to this many distinct thresholds, comparing with each beats searching
 constexpr int kCopies = 4;           // histogram copies: neighbouring elements often share a bin
 
 template <class Real> struct RankPlan {
@@ -201,7 +201,7 @@ void mass_with_each(const typename S::real* values, int64_t n, const RankPlan<ty
     }
 }
 
-// Place n survivors among the bounds; `filled` is n rounded up to 16.
+// Place n survivors among the bounds; `filled` is n rounded up to 64.
 template <class S>
 void place_block(int64_t n, int64_t filled, const RankPlan<typename S::real>& plan, RankScratch<S>& scratch) {
     using real = typename S::real;
@@ -209,14 +209,30 @@ void place_block(int64_t n, int64_t filled, const RankPlan<typename S::real>& pl
     int32_t* position = scratch.position;
     bucket_of(values, filled, plan.scale, plan.offset, plan.buckets - 1, position);
     const int32_t* first = plan.first.data();
-#pragma omp simd
-    for (int64_t i = 0; i < filled; ++i) position[i] = first[position[i]];
-    for (int32_t half = plan.steps ? 1 << (plan.steps - 1) : 0; half; half >>= 1) {
-#pragma omp simd
-        for (int64_t i = 0; i < filled; ++i) position[i] += bounds[position[i] + half - 1] < values[i] ? half : 0;
+    const int32_t widest = plan.steps ? 1 << (plan.steps - 1) : 0;
+    if constexpr (S::has_gather) {
+        // Four vectors at a time: a gather waits long, and the steps of one search depend on each other.
+        constexpr int together = 4;
+        for (int64_t i = 0; i < filled; i += together * S::lanes) {
+            typename S::vec v[together];
+            typename S::index at[together];
+            for (int u = 0; u < together; ++u) {
+                v[u] = S::load(values + i + u * S::lanes);
+                at[u] = S::gather(first, S::load_index(position + i + u * S::lanes));
+            }
+            for (int32_t half = widest; half; half >>= 1)
+                for (int u = 0; u < together; ++u)
+                    at[u] = S::add_where_less(at[u], S::gather(bounds + half - 1, at[u]), v[u], half);
+            for (int u = 0; u < together; ++u)
+                S::store_index(position + i + u * S::lanes, S::twice_plus_equal(at[u], S::gather(bounds, at[u]), v[u]));
+        }
+    } else {
+        for (int64_t i = 0; i < filled; ++i) {
+            int32_t at = first[position[i]];
+            for (int32_t half = widest; half; half >>= 1) at += bounds[at + half - 1] < values[i] ? half : 0;
+            position[i] = 2 * at + (bounds[at] == values[i] ? 1 : 0);
+        }
     }
-#pragma omp simd
-    for (int64_t i = 0; i < filled; ++i) position[i] = 2 * position[i] + (bounds[position[i]] == values[i] ? 1 : 0);
     const int64_t bins = 2 * (plan.count + 1);
     uint32_t* histogram = scratch.histogram.data();
     int64_t i = 0;
@@ -275,7 +291,7 @@ void rank_segment(const T* x, int64_t n, const RankPlan<typename S::real>& plan,
         }
         const int64_t kept = keep_survivors<S>(x + start, length, plan.bounds[0], scratch.survivors);
         if (kept == 0) continue;
-        const int64_t filled = (kept + 15) / 16 * 16;
+        const int64_t filled = (kept + 63) / 64 * 64;  // whole groups of vectors in every instruction set
         for (int64_t i = kept; i < filled; ++i) scratch.survivors[i] = real(NAN);
         if (each) {
             compare_with_each<S>(static_cast<const real*>(scratch.survivors), filled, plan, scratch.counters.data());

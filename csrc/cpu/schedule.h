@@ -11,7 +11,7 @@
 
 namespace fastcalib::FASTCALIB_ISA {
 
-constexpr int64_t kBlock = 2048;  // columns handled at a time: the block stays in the first-level cache
+constexpr int64_t kBlock = 2048;  // columns handled at a time at most: the block stays in the first-level cache
 
 inline int64_t segment_count(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 

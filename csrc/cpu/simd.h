@@ -139,6 +139,19 @@ struct F32 {
         return _mm512_mask_sub_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), n, _mm512_set1_epi32(-1));
     }
     static FC_INLINE int64_t total(count n) { return _mm512_reduce_add_epi32(n); }
+    static constexpr bool has_gather = true;
+    using index = __m512i;
+    static FC_INLINE index load_index(const int32_t* p) { return _mm512_loadu_si512(p); }
+    static FC_INLINE void store_index(int32_t* p, index i) { _mm512_storeu_si512(p, i); }
+    static FC_INLINE index gather(const int32_t* base, index i) { return _mm512_i32gather_epi32(i, base, 4); }
+    static FC_INLINE vec gather(const float* base, index i) { return _mm512_i32gather_ps(i, base, 4); }
+    static FC_INLINE index add_where_less(index i, vec a, vec b, int32_t n) {
+        return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), i, _mm512_set1_epi32(n));
+    }
+    static FC_INLINE index twice_plus_equal(index i, vec a, vec b) {
+        const index two = _mm512_add_epi32(i, i);
+        return _mm512_mask_sub_epi32(two, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), two, _mm512_set1_epi32(-1));
+    }
 #elif defined(__AVX2__)
     using vec = __m256;
     static constexpr int lanes = 8;
@@ -182,6 +195,19 @@ struct F32 {
     static FC_INLINE count add_not_less(count n, vec a, vec b) {
         return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
     }
+    static constexpr bool has_gather = true;
+    using index = __m256i;
+    static FC_INLINE index load_index(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static FC_INLINE void store_index(int32_t* p, index i) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), i); }
+    static FC_INLINE index gather(const int32_t* base, index i) { return _mm256_i32gather_epi32(base, i, 4); }
+    static FC_INLINE vec gather(const float* base, index i) { return _mm256_i32gather_ps(base, i, 4); }
+    static FC_INLINE index add_where_less(index i, vec a, vec b, int32_t n) {
+        const index less = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ));
+        return _mm256_add_epi32(i, _mm256_and_si256(less, _mm256_set1_epi32(n)));
+    }
+    static FC_INLINE index twice_plus_equal(index i, vec a, vec b) {
+        return _mm256_sub_epi32(_mm256_add_epi32(i, i), _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
+    }
     using integers = __m256i;
     static FC_INLINE integers as_integers(vec v) { return _mm256_castps_si256(v); }
     static FC_INLINE vec add_exponent(vec p, integers n) {
@@ -209,6 +235,7 @@ struct F32 {
     static FC_INLINE bool any_greater(vec a, vec b) { return any(a > b); }
     static FC_INLINE bool any_not_less(vec a, vec b) { return any(a >= b); }
     static FC_INLINE vec where_greater(vec a, vec b, vec v) { return (vec)((a > b) & (count)v); }
+    static constexpr bool has_gather = false;
     static FC_INLINE count no_count() { return count{0, 0, 0, 0}; }
     static FC_INLINE count add_greater(count n, vec a, vec b) { return n - (a > b); }
     static FC_INLINE count add_not_less(count n, vec a, vec b) { return n - (a >= b); }
@@ -286,6 +313,7 @@ struct F64 {
         *out = v;
         return out + (v >= bound);
     }
+    static constexpr bool has_gather = false;
     using count = int64_t;
     static FC_INLINE count no_count() { return 0; }
     static FC_INLINE count add_greater(count n, vec a, vec b) { return n + (a > b); }

@@ -103,9 +103,8 @@ void prepare_gradient(const StatisticsBackwardArgs& a, int64_t row, const Betas&
         g.extra.push_back({id, double(to_real(x[id])), sum});
     }
     if (top_gradient != 0) {
-        int64_t top = 0;  // the lowest index of the maximum, as argmax; rare, so it is looked for again
-        while (double(to_real(x[top])) != g.max) ++top;
-        g.extra.push_back({top, g.max, top_gradient});
+        // The lowest index of the maximum, as argmax; wanted rarely, so it is looked for again rather than kept.
+        g.extra.push_back({first_not_less<S>(x, 0, a.vocab, real(g.max)), g.max, top_gradient});
     }
     // A token selected twice gets the sum of its terms before rounding to the dtype of the gradient.
     std::stable_sort(g.extra.begin(), g.extra.end(), [](const auto& l, const auto& r) { return l.column < r.column; });
