@@ -534,7 +534,7 @@ def test_modules_refuse_bad_arguments_when_they_are_made() -> None:
         losses.NLLLoss(weight=torch.ones(3))
     with pytest.raises(ValueError, match="drop"):
         losses.TruncLoss(drop=1.5)
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'position'"):
+    with pytest.raises(TypeError, match=r"^nll\(\) got an unexpected keyword argument .position."):
         losses.NLLLoss()(sharp_logits(), TARGET, position=torch.arange(N))
 
 
