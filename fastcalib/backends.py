@@ -87,6 +87,8 @@ def use_backend(backend: str) -> Iterator[None]:
 def _check_live(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {BACKENDS}, got {backend!r}')
+    if backend == "eager" or (backend == "cpp" and _C is not None):
+        return  # without a call into the extension, which torch.compile cannot trace
     live, why = backends()[backend]
     if not live:
         raise RuntimeError(f"backend {backend!r} is not available: {why}")

@@ -41,6 +41,8 @@ class ValidSets:
                 raise ValueError(f"ValidSets: {name} must have one dimension, got shape {tuple(tensor.shape)}")
         object.__setattr__(self, "values", values.to(torch.int64).contiguous())
         object.__setattr__(self, "offsets", offsets.to(torch.int64).contiguous())
+        if torch.compiler.is_compiling():
+            return  # to look at the values would break the graph
         offsets = self.offsets
         if offsets.numel() == 0 or offsets[0] != 0 or offsets[-1] != values.numel() or (offsets.diff() < 0).any():
             raise ValueError(
@@ -139,7 +141,7 @@ class ValidSets:
         """
         if not (nested.is_nested and nested.layout == torch.jagged):
             raise TypeError("from_jagged: needs a nested tensor with layout=torch.jagged")
-        values, offsets = nested.values(), nested.offsets()
+        values, offsets = nested.values(), nested.offsets()  # type: ignore[attr-defined]
         lengths = nested.lengths() if hasattr(nested, "lengths") else None
         if lengths is not None:  # a narrowed jagged tensor has holes between its rows
             return cls.from_lists([row.tolist() for row in nested.unbind()])

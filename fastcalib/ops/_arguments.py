@@ -44,7 +44,7 @@ def check_logits(logits: Tensor, vocab_size: int | None) -> int:
 def _check_number(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature must be a number, a sequence of numbers or a tensor, got {value!r}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # not math.isfinite, which torch.compile cannot apply to a variable
         raise ValueError(f"temperature must be positive and finite, got {value}")
     return float(value)
 
@@ -74,12 +74,20 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
                 f"{tuple(temperature.shape)}; pass a list of numbers for several temperatures per row"
             ) from None
         return flat.reshape(-1, 1), False
-    if isinstance(temperature, Sequence) and not isinstance(temperature, str):
-        values = [_check_number(t) for t in temperature]
+    if isinstance(temperature, Sequence):
+        values = [_check_number(t) for t in temperature]  # a string fails here: its characters are no numbers
         if not values:
             raise ValueError("temperature is an empty sequence; pass at least one number")
-        return torch.tensor([values], dtype=torch.float64, device=logits.device), True
-    return torch.tensor([[_check_number(temperature)]], dtype=torch.float64, device=logits.device), False
+        return _row_of(values, logits.device), True
+    return _row_of([_check_number(temperature)], logits.device), False
+
+
+def _row_of(values: list[float], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Arithmetic is all that can be done with a Python number without a new compilation for each of its values.
+        one = torch.ones(1, dtype=torch.float64, device=device)
+        return torch.cat([one * value for value in values])[None]
+    return torch.tensor([values], dtype=torch.float64, device=device)
 
 
 def _is_fake(tensor: Tensor) -> bool:
@@ -108,7 +116,7 @@ class Index:
 def normalise_index(index: Tensor | ValidSets, logits: Tensor, name: str = "index") -> Index:
     """Flatten an index of shape (*), (*, M) or a ValidSets over the rows of the logits."""
     leading = tuple(logits.shape[:-1])
-    n_rows = logits.shape[:-1].numel()
+    n_rows = math.prod(logits.shape[:-1])
     if isinstance(index, ValidSets):
         if len(index) != n_rows:
             raise ValueError(f"{name} holds {len(index)} sets for {n_rows} rows of logits {tuple(logits.shape)}")
@@ -171,7 +179,7 @@ class RowLayout:
 def row_layout(logits: Tensor) -> RowLayout:
     """Rows of (*, V) without a copy wherever two strides describe them: slices, shifts, expands; else one copy."""
     shape, strides = logits.shape, logits.stride()
-    n_rows = shape[:-1].numel()
+    n_rows = math.prod(shape[:-1])
     if strides[-1] != 1 and shape[-1] > 1:
         logits = logits.contiguous()
         strides = logits.stride()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
 from ._arguments import Temperature, check_logits, normalise_temperature, row_layout
 from ._library import LIBRARY
+from ._memory import empty_like_logits
 
 LIBRARY.define("softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log) -> (Tensor output, Tensor logsumexp)")
 LIBRARY.define(
@@ -18,14 +21,13 @@ LIBRARY.define(
 )
 
 
-def _allocate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    # logsumexp tells backward a row of -inf (gradient 0) from one with a NaN (gradient NaN): the output is NaN for both.
-    logsumexp = torch.empty(logits.shape[:-1].numel(), dtype=statistics_dtype(logits.dtype), device=logits.device)
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), logsumexp
+def _allocate_logsumexp(logits: Tensor) -> Tensor:
+    # It tells backward a row of -inf (gradient 0) from one with a NaN (gradient NaN): the output is NaN for both.
+    return torch.empty(math.prod(logits.shape[:-1]), dtype=statistics_dtype(logits.dtype), device=logits.device)
 
 
 def _forward_cpu(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> tuple[Tensor, Tensor]:
-    out, logsumexp = _allocate(logits)
+    out, logsumexp = empty_like_logits(logits), _allocate_logsumexp(logits)
     layout, temperature = row_layout(logits), temperature.contiguous()
     extension().softmax_forward(
         *layout.args(),
@@ -52,7 +54,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     layout, temperature = row_layout(grad), temperature.contiguous()
     output = output.contiguous()
-    grad_logits = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    grad_logits = empty_like_logits(grad)
     per_row = torch.zeros(layout.n_rows if temperature_grad else 0, dtype=torch.float64, device=grad.device)
     extension().softmax_backward(
         *layout.args(),
@@ -71,7 +73,8 @@ def _backward_cpu(
 
 
 def _forward_fake(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> tuple[Tensor, Tensor]:
-    return _allocate(logits)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return out, _allocate_logsumexp(logits)
 
 
 def _backward_fake(
@@ -83,7 +86,7 @@ def _backward_fake(
     log: bool,
     temperature_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    n_rows = grad.shape[:-1].numel() if temperature_grad else 0
+    n_rows = math.prod(grad.shape[:-1]) if temperature_grad else 0
     return (
         torch.empty(grad.shape, dtype=grad.dtype, device=grad.device),
         torch.empty(n_rows, dtype=torch.float64, device=grad.device),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from ._arguments import (
     row_layout,
 )
 from ._library import LIBRARY
+from ._memory import empty_like_logits
 from .types import TokenStatistics
 
 MAX_RANKED = 16
@@ -39,7 +42,7 @@ LIBRARY.define(
 
 
 def _allocate(logits: Tensor, temperature: Tensor, index: Tensor | None, ranks: bool) -> tuple[Tensor, ...]:
-    n_rows, k = logits.shape[:-1].numel(), temperature.shape[1]
+    n_rows, k = math.prod(logits.shape[:-1]), temperature.shape[1]
     nnz = 0 if index is None else index.shape[0]
     dtype, device = statistics_dtype(logits.dtype), logits.device
 
@@ -173,7 +176,7 @@ def _backward_cpu(
     vocab_size: int,
     ignore_index: int,
 ) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty_like_logits(logits)
     backward_into(
         out, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, per_row, offsets, rows, scalars, saved,
         vocab_size, ignore_index,
@@ -326,20 +329,28 @@ def statistics(
     temperatures, has_axis = normalise_temperature(temperature, logits)
     if ranks:
         _check_ranked(ids)
+    leading = tuple(logits.shape[:-1])
+    axis = (temperatures.shape[1],) if has_axis else ()
+    selected = () if ids is None else ids.shape
     if resolve(backend, logits.device) == "eager":
-        result = _eager(logits, temperatures, ids, width, ignore_index, ranks)
-    else:
-        rows, scalars, log_prob, argmax, n_greater, n_equal, mass, saved = torch.ops.fastcalib.statistics(
-            logits, temperatures, None if ids is None else ids.ids, 0 if ids is None else ids.per_row,
-            None if ids is None else ids.offsets, width, ignore_index, ranks,
-        )  # fmt: skip
-        sums, std = scalars.unbind(0)
-        result = TokenStatistics(
-            *rows.unbind(0), argmax, sums, std, saved[:, 0],
-            log_prob if ids is not None else None,
-            *((n_greater, n_equal, mass) if ranks else (None, None, None)),
-        )  # fmt: skip
-    return _reshape(result, logits, ids, has_axis)
+        return _shape_eager(_eager(logits, temperatures, ids, width, ignore_index, ranks), leading, selected, axis)
+    rows, scalars, log_prob, argmax, n_greater, n_equal, mass, saved = torch.ops.fastcalib.statistics(
+        logits, temperatures, None if ids is None else ids.ids, 0 if ids is None else ids.per_row,
+        None if ids is None else ids.offsets, width, ignore_index, ranks,
+    )  # fmt: skip
+    # One view of the packed result, then one unbind: views cost more than the kernel where rows are short.
+    return TokenStatistics._make(
+        (
+            *rows.reshape(len(ROW_FIELDS), *leading, *axis).unbind(0),
+            argmax.reshape(leading),
+            *scalars.reshape(2, *leading).unbind(0),
+            saved[:, 0].reshape(leading),
+            None if ids is None else log_prob.reshape(*selected, *axis),
+            n_greater.reshape(selected) if ranks else None,
+            n_equal.reshape(selected) if ranks else None,
+            mass.reshape(*selected, *axis) if ranks else None,
+        )
+    )
 
 
 def _check_ranked(ids: Index | None) -> None:
@@ -381,19 +392,12 @@ def _eager(
     )
 
 
-def _reshape(result: TokenStatistics, logits: Tensor, ids: Index | None, has_axis: bool) -> TokenStatistics:
-    """From (N, K) and (nnz, K) to the shapes of the caller."""
-    leading = logits.shape[:-1]
-
-    def with_axis(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return t.reshape(*shape, t.shape[-1]) if has_axis else t.reshape(shape)
-
-    fields: dict[str, Tensor | None] = {f: with_axis(getattr(result, f), leading) for f in ROW_FIELDS}
-    fields |= {f: getattr(result, f).reshape(leading) for f in ("argmax", "sum_logits", "std_logits", "max_logit")}
-    for f in ("log_prob", "mass_greater"):
-        value = getattr(result, f)
-        fields[f] = None if value is None or ids is None else with_axis(value, ids.shape)
-    for f in ("n_greater", "n_equal"):
-        value = getattr(result, f)
-        fields[f] = None if value is None or ids is None else value.reshape(ids.shape)
-    return TokenStatistics(**fields)  # type: ignore[arg-type]
+def _shape_eager(
+    result: TokenStatistics, leading: tuple[int, ...], selected: tuple[int, ...], axis: tuple[int, ...]
+) -> TokenStatistics:
+    """The reference's (N, K), (nnz, K), (N,) and (nnz,) in the shapes of the caller."""
+    shapes = dict.fromkeys(ROW_FIELDS, (*leading, *axis))
+    shapes |= dict.fromkeys(("log_prob", "mass_greater"), (*selected, *axis))
+    shapes |= dict.fromkeys(("n_greater", "n_equal"), selected)
+    fields = result._asdict().items()
+    return TokenStatistics._make(None if t is None else t.reshape(shapes.get(f, leading)) for f, t in fields)
