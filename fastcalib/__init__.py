@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from . import calibration, functional, losses
 from .backends import backends, use_backend
+from .fused import fused_loss
 from .ops import TokenRanks, TokenStatistics, log_softmax, ranks, softmax, statistics
 from .valid_sets import ValidSets
 
@@ -13,7 +15,11 @@ __all__ = [
     "TokenStatistics",
     "ValidSets",
     "backends",
+    "calibration",
+    "functional",
+    "fused_loss",
     "log_softmax",
+    "losses",
     "ranks",
     "softmax",
     "statistics",

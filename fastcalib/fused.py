@@ -23,6 +23,7 @@ from .losses._base import (
 )
 from .ops import TokenStatistics
 from .ops._arguments import normalise_temperature, row_layout
+from .ops._memory import empty_like_logits
 from .ops.statistics import backward_into
 
 # Bytes of logits per chunk: little enough to be in the last cache still when the gradient is written, and enough that
@@ -361,7 +362,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, job: _Job, inplace: bool) -> Tensor:
         values = logits.detach()
-        gradient = values if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        gradient = values if inplace else empty_like_logits(values)
         loss = job.run(values, gradient)
         if inplace:
             torch.autograd.graph.increment_version(logits)

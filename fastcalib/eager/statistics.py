@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.types import TokenStatistics
+from ..ops.types import TokenRanks, TokenStatistics
 from .ranks import ranks as eager_ranks
 from .softmax import shifted, statistics_dtype
 
@@ -79,15 +79,15 @@ def statistics(
     total = torch.where(masked.any(-1), total - torch.inf, total)  # finite ones keep their gradient
     total, std = (torch.where(undefined, torch.nan, x) for x in (total, std))
 
-    counts = None
+    counts = TokenRanks(None, None, None)  # type: ignore[arg-type]
     if ranks:
         assert ids is not None and index_rows is not None and ignored is not None
-        counts = eager_ranks(logits, z[index_rows, ids].detach(), index_rows, temperature, selected=True)
-        assert counts.mass_greater is not None
-        counts = (
-            torch.where(ignored, 0, counts.n_greater),
-            torch.where(ignored, 0, counts.n_equal),
-            torch.where(ignored[:, None], 0.0, counts.mass_greater),
+        found = eager_ranks(logits, z[index_rows, ids].detach(), index_rows, temperature, selected=True)
+        assert found.mass_greater is not None
+        counts = TokenRanks(
+            torch.where(ignored, 0, found.n_greater),
+            torch.where(ignored, 0, found.n_equal),
+            torch.where(ignored[:, None], 0.0, found.mass_greater),
         )
     stacked = {name: torch.stack(parts, -1) for name, parts in columns.items() if parts}
     top = torch.where(undefined, -1, z.detach().nan_to_num(0.0, neginf=-torch.inf).argmax(-1))
@@ -98,7 +98,7 @@ def statistics(
         std_logits=torch.where(keep, 0.0, std),
         max_logit=torch.where(keep, 0.0, torch.where(undefined, torch.nan, m)),
         log_prob=stacked.get("log_prob"),
-        n_greater=counts[0] if counts else None,
-        n_equal=counts[1] if counts else None,
-        mass_greater=counts[2] if counts else None,
+        n_greater=counts.n_greater,
+        n_equal=counts.n_equal,
+        mass_greater=counts.mass_greater,
     )
