@@ -137,7 +137,8 @@ def normalise_index(index: Tensor | ValidSets, logits: Tensor, name: str = "inde
             f"{name} must have shape {leading} (one token a row) or {(*leading, 'M')} for logits of shape "
             f"{tuple(logits.shape)}, got {shape}"
         )
-    return Index(index.reshape(-1).to(torch.int64), per_row, None, shape)
+    # contiguous: a reshape of index[:, ::2] may be a view with a stride, and kernels take a bare pointer
+    return Index(index.reshape(-1).to(torch.int64).contiguous(), per_row, None, shape)
 
 
 def raise_bad_id(ids: Tensor, position: int, vocab_size: int, index: Index | None = None) -> None:
