@@ -250,6 +250,21 @@ def test_competitors_compute_the_same_loss_as_ours(name):
     assert want_grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.7,), ARBITRARY[4]])
+def test_all_ways_of_writing_the_statistics_agree(temperatures):
+    problem = Problem(6, 500, torch.float32)
+    z, target = problem.logits.double(), problem.target
+    want = plain.statistics(z, target, temperatures)
+    got = plain.statistics_tuned(z, target, temperatures)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **options: function)
+        looped = plain.compiled_statistics()(z, target, temperatures)
+    assert want["entropy"].shape == ((6,) if len(temperatures) == 1 else (6, 4))
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(looped[name], value, rtol=1e-6, atol=1e-6)
+
+
 # --- the suite
 
 

@@ -64,12 +64,12 @@ def format_row(row: Row) -> str:
         f"{row['op']} | {row['dtype']} | {row['n']} x {row['v']:,} | {row['direction']}{heap}   "
         f"[{row['bytes_formula']} = {row['bytes'] / 1e6:.0f} MB{read}]"
     ]
-    lines.append("  {:<22}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*HEAD))
+    lines.append("  {:<24}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*HEAD))
     for name, entry in row["entries"].items():
         if entry.get("unavailable"):
-            lines.append(f"  {name:<22}not available: {entry['unavailable']}")
+            lines.append(f"  {name:<24}not available: {entry['unavailable']}")
         else:
-            lines.append("  {:<22}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*_cells(row, name, entry)))
+            lines.append("  {:<24}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*_cells(row, name, entry)))
     if row["note"]:
         lines.append(f"  note: {row['note']}")
     return "\n".join(lines)
@@ -106,6 +106,8 @@ HOW_TO_READ = """\
 - Times are medians in milliseconds. "x read" is the speed of fastcalib as a fraction of a plain sum of the same array
   with the same number of threads, by least times: 1.00 means as fast as merely reading the logits once. Where the array
   fits in the caches (1 x 262,144) the read is a read of the cache.
+- "eager" and "torch.compile" are the obvious code; among the others, "torch.compile tuned" is the same job rewritten
+  for the compiler by hand (one maximum, all sums from one exponential).
 - Speed-ups are ratios of least times. Forward is only compared with forward, forward + backward with the same.
 - "extra MB" is the most memory resident during the call beyond what was there before, results and gradients included.
 - "error" is the largest error against float64 over the first rows, relative, or absolute below 1; of gradients,

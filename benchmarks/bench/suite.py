@@ -68,10 +68,9 @@ def run_case(case: Case, problem: Problem, settings: Settings, ceilings: Ceiling
     """One row of results as plain JSON values; :func:`validate` says what is in it."""
     torch._dynamo.reset()
     job = case.build(problem)
-    factories = {k: f for k, f in job.factories.items() if settings.compile or k != "torch.compile"}
+    factories = {k: f for k, f in job.factories.items() if settings.compile or not k.startswith("torch.compile")}
     calls, missing = prepare(factories)
-    if not settings.compile and "torch.compile" in job.factories:
-        missing["torch.compile"] = "left out by --no-compile"
+    missing |= {k: "left out by --no-compile" for k in job.factories if k not in factories}
     variants = [Variant(name, call) for name, call in calls.items()]
     if ceilings is not None:
         variants.insert(0, Variant(READ, ceilings.read(problem.logits)))

@@ -92,10 +92,12 @@ def _statistics(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtyp
     grids = {"K=1": (1.0,), "K=1 T=0.05": (0.05,), "K=8": ARBITRARY[8], "K=8 arithmetic": ARITHMETIC[8]}
     for name, grid in grids.items():
         run.add(name, partial(ours.statistics, z, target, grid))
-    fast = compiled(plain.statistics)
+    fast, tuned = plain.compiled_statistics(), compiled(plain.statistics_tuned)
     run.add("eager K=1", lambda: partial(plain.statistics, z, target, (1.0,)))
     run.add("compile K=1", lambda: partial(fast, z, target, (1.0,)))
     run.add("compile K=8", lambda: partial(fast, z, target, ARBITRARY[8]))
+    run.add("compile K=1, tuned", lambda: partial(tuned, z, target, (1.0,)))
+    run.add("compile K=8, tuned", lambda: partial(tuned, z, target, ARBITRARY[8]))
     run.go()
     kind, own_row, against = ("fp32", 1, 3) if dtype == torch.float32 else ("bf16", 2, 4)
     fill(filled, own_row, "speed against read", lambda: run.over("read", "K=1"))
@@ -103,6 +105,9 @@ def _statistics(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtyp
     fill(filled, against, "against torch.compile", lambda: run.over("compile K=1", "K=1"))
     fill(filled, 5, f"time against K=1, {kind}", lambda: run.over("K=8", "K=1"))
     fill(filled, 5, f"against torch.compile, {kind}", lambda: run.over("compile K=8", "K=8"))
+    hand_tuned = "against torch.compile, hand-tuned"
+    fill(filled, against, f"{hand_tuned} (for information)", lambda: run.over("compile K=1, tuned", "K=1"))
+    fill(filled, 5, f"{hand_tuned}, {kind} (for information)", lambda: run.over("compile K=8, tuned", "K=8"))
     fill(filled, 7, kind, lambda: run.over("K=1 T=0.05", "K=1"))
     if kind == "fp32":
         fill(filled, 6, kind, lambda: run.over("K=8", "K=8 arithmetic"))
