@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ class ValidSets:
         """
         if mask.dtype != torch.bool or mask.dim() == 0:
             raise TypeError(f"from_mask: mask must be a bool tensor (*, V), got {mask.dtype} {tuple(mask.shape)}")
-        mask = mask.reshape(-1, mask.shape[-1]) if mask.numel() else mask.reshape(mask.shape[:-1].numel(), -1)
+        mask = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1])
         offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
         offsets[1:] = mask.sum(1).cumsum(0)
         return cls(mask.nonzero()[:, 1], offsets)
