@@ -1,0 +1,175 @@
+"""Which implementation runs is visible, chosen by name, and never changes silently."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import fastcalib
+
+from .conftest import CPP_IS_LIVE
+
+module = importlib.import_module("fastcalib.backends")  # the package has a function of that name
+
+needs_cpp = pytest.mark.skipif(not CPP_IS_LIVE, reason="the C++ extension is not built")
+Z = torch.randn(2, 50)
+
+
+def run(code: str, **environment: str) -> str:
+    """A fresh interpreter, away from the repository."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+WITHOUT_EXTENSION = "import sys; sys.modules['fastcalib._C'] = None\n"
+
+
+def test_every_backend_says_whether_it_is_live_and_why():
+    found = fastcalib.backends()
+    assert set(found) == {"eager", "cpp", "triton", "cuda"}
+    for live, why in found.values():
+        assert isinstance(live, bool) and len(why) > 10
+    assert found["eager"][0]
+
+
+@needs_cpp
+def test_auto_is_cpp_on_the_cpu():
+    assert module.resolve("auto", torch.device("cpu")) == "cpp"
+    assert module.extension().isa() in fastcalib.backends()["cpp"][1]
+    with fastcalib.use_backend("eager"):
+        assert module.resolve("auto", torch.device("cpu")) == "eager"
+        assert module.resolve("cpp", torch.device("cpu")) == "cpp"  # said in the call, it wins
+        with fastcalib.use_backend("cpp"):
+            assert module.resolve("auto", torch.device("cpu")) == "cpp"
+        with fastcalib.use_backend("auto"):
+            assert module.resolve("auto", torch.device("cpu")) == "cpp"
+        assert module.resolve("auto", torch.device("cpu")) == "eager"
+    assert module.resolve("auto", torch.device("cpu")) == "cpp"
+
+
+def test_an_error_inside_restores_the_backend():
+    before = module._forced
+    with pytest.raises(ZeroDivisionError), fastcalib.use_backend("eager"):
+        1 / 0  # noqa: B018
+    assert module._forced == before
+
+
+@pytest.mark.parametrize("function", ["statistics", "softmax", "log_softmax"])
+def test_unknown_and_unavailable_backends(function):
+    with pytest.raises(ValueError, match="\"auto\".*eager.*got 'fast'"):
+        getattr(fastcalib, function)(Z, backend="fast")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: no CUDA kernels"):
+        getattr(fastcalib, function)(Z, backend="cuda")
+    with pytest.raises(ValueError, match="got 'numpy'"), fastcalib.use_backend("numpy"):
+        pass
+    with pytest.raises(RuntimeError, match="'triton' is not available"), fastcalib.use_backend("triton"):
+        pass
+
+
+def test_named_and_automatic_choice_agree(backend):
+    with fastcalib.use_backend(backend):
+        a = fastcalib.statistics(Z, torch.tensor([0, 1]))
+        r = fastcalib.ranks(Z, torch.tensor([0, 1]), temperature=1.0)
+        p = fastcalib.softmax(Z)
+    b = fastcalib.statistics(Z, torch.tensor([0, 1]), backend=backend)
+    assert torch.equal(a.entropy, b.entropy) and torch.equal(a.log_prob, b.log_prob)
+    assert torch.equal(
+        r.mass_greater, fastcalib.ranks(Z, torch.tensor([0, 1]), temperature=1.0, backend=backend).mass_greater
+    )
+    assert torch.equal(p, fastcalib.softmax(Z, backend=backend))
+
+
+@needs_cpp
+def test_auto_does_not_warn_where_the_kernels_are():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastcalib.statistics(Z)
+
+
+def test_without_the_extension_auto_warns_once_and_works():
+    out = run(
+        WITHOUT_EXTENSION
+        + """
+import warnings, torch, fastcalib
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        s = fastcalib.statistics(torch.zeros(2, 8))
+        fastcalib.softmax(torch.zeros(2, 8))
+print(len(seen), seen[0].category.__name__, s.entropy.exp().tolist(), "eager" in str(seen[0].message), "FASTCALIB_FORCE_EXT" in str(seen[0].message))
+live, why = fastcalib.backends()["cpp"]
+print(live, "could not be imported" in why)
+try:
+    fastcalib.statistics(torch.zeros(2, 8), backend="cpp")
+except RuntimeError as error:
+    print("not available" in str(error))
+""",
+        FASTCALIB_QUIET="",
+    )
+    first, second, third = out.splitlines()
+    assert first.startswith("1 RuntimeWarning [8.0") and first.endswith("True True")
+    assert second == "False True" and third == "True"
+
+
+def test_without_the_extension_quiet_is_quiet():
+    code = "import torch, fastcalib, warnings; warnings.simplefilter('error'); fastcalib.statistics(torch.zeros(2, 8))"
+    run(WITHOUT_EXTENSION + code, FASTCALIB_QUIET="1")
+
+
+@needs_cpp
+def test_the_instruction_set_can_be_chosen():
+    extension = module.extension()
+    before = extension.isa()
+    try:
+        for name in extension.isas():
+            extension.set_isa(name)
+            assert extension.isa() == name
+            found = run("import fastcalib; print(fastcalib.backends()['cpp'][1].split()[-1])", FASTCALIB_ISA=name)
+            assert found == name
+        with pytest.raises((ValueError, RuntimeError), match="mmx"):
+            extension.set_isa("mmx")
+        assert extension.isa() == extension.isas()[-1] or extension.isa() in extension.isas()
+    finally:
+        extension.set_isa(before)
+    assert "baseline" in extension.isas()
+    assert isinstance(extension.compiler(), str) and isinstance(extension.openmp(), bool)
+
+
+@needs_cpp
+def test_an_instruction_set_that_does_not_exist_is_not_ignored():
+    """FASTCALIB_ISA with a typing error must not quietly run something else."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import fastcalib; print(fastcalib.backends()['cpp'])"],
+        capture_output=True, text=True, env={**os.environ, "FASTCALIB_ISA": "avx1024"}, timeout=120,
+    )  # fmt: skip
+    assert "avx1024" in result.stdout + result.stderr
+
+
+@needs_cpp
+def test_instruction_sets_agree_closely():
+    """Each adds in its own order, so not to the bit, yet far within the promise."""
+    extension, z = module.extension(), torch.randn(4, 9_000) * 3
+    before, results = extension.isa(), []
+    try:
+        for name in extension.isas():
+            extension.set_isa(name)
+            results.append(fastcalib.statistics(z, torch.tensor([0, 1, 2, 3]), ranks=True, backend="cpp"))
+    finally:
+        extension.set_isa(before)
+    for s in results[1:]:
+        for a, b in zip(s, results[0]):
+            torch.testing.assert_close(a, b, rtol=4e-6, atol=4e-6)
+
+
+def test_one_thread_works(backend):
+    torch.set_num_threads(1)
+    assert fastcalib.statistics(Z, backend=backend).entropy.isfinite().all()
