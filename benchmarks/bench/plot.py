@@ -12,7 +12,11 @@ MOST_ROWS = 20
 STORY = [(f"statistics {label}", "fwd") for label in ("K=1", "K=8", "K=8 arithmetic")]
 STORY += [(f"ranks M={m}", "fwd") for m in (1, 16, 4096)]
 STORY += [("softmax", "fwd"), ("loss nll", "fwd"), ("loss nll", "fwd+bwd"), ("loss lambda_pr", "fwd+bwd")]
-LABELS = {"eager": "eager PyTorch", "torch.compile": "torch.compile", "torch.compile tuned": "the same, hand-tuned"}
+LABELS = {
+    "eager": "eager PyTorch",
+    "torch.compile": "torch.compile",
+    "torch.compile tuned": "torch.compile, hand-tuned code",
+}
 
 
 def _title(row: Row) -> str:
@@ -86,7 +90,7 @@ def draw(document: dict[str, Any], path: str | Path) -> bool:
     machine = document["machine"]
     figure.suptitle("fastcalib on a CPU", x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.supxlabel(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}",
+        f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}, {machine['date']}",
         fontsize=8, color="#555555", x=0.01, ha="left",
     )  # fmt: skip
     figure.savefig(path, dpi=150)
