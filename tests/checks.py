@@ -11,15 +11,15 @@ from . import reference
 from .reference import OVER_TEMPERATURES, SMOOTH, Reference
 
 # The promise: 2e-6 for float32 statistics, 17 units in the last place: a sum of up to 262,144 terms in blocks, an
-# exponential, a logarithm. float64 promises nothing in the issue; 2e-13 is 900 of its units, what serial lanes may lose.
+# exponential, a logarithm. For float64 nothing was promised; 2e-13 is 900 of its units, what serial lanes may lose.
 UNIT = {torch.float32: 2e-6, torch.float64: 2e-13}
-# Probabilities below the smallest normal number may be flushed to 0, or be that number: moments may hold V such terms times
-# a square of logits. Far below anything that matters, yet not 0.
+# Probabilities below the smallest normal number may be flushed to 0, or be that number: moments may hold V such terms
+# times a square of logits. Far below anything that matters, yet not 0.
 FLOOR = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Relative error allowed for logits of a dtype; the half types are widened as they are read, so they get float32's."""
+    """Relative error allowed for logits of a dtype; half types are widened as they are read, so they get float32's."""
     return UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
 
 
@@ -32,9 +32,10 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor | float, what: str, n
     if not same.all():
         at = tuple((~same).nonzero()[0].tolist())
         row = f" ({names[at[0]]})" if names and len(names) == len(want) else ""
+        off = (got - want)[~same].abs()
         raise AssertionError(
-            f"{what}{list(at)}{row}: got {got[at].item()!r}, expected {want[at].item()!r}, bound {bound[at].item():.3g}; "
-            f"{int((~same).sum())} of {same.numel()} are off, worst {(got - want)[want.isfinite()].abs().max().item():.3g}"
+            f"{what}{list(at)}{row}: got {got[at].item()!r}, expected {want[at].item()!r}, "
+            f"bound {bound[at].item():.3g}; {off.numel()} of {same.numel()} off, the worst by {off.max().item():.3g}"
         )
 
 
@@ -68,8 +69,8 @@ def assert_statistics(
 ) -> None:
     """Every field against the reference; ``got`` has a temperature axis and one leading dimension.
 
-    Rows that hold finfo.min beside other numbers are excused from std_logits: their sum of squares is beyond their dtype, and no
-    kernel is asked for a number that means nothing. ``names`` of the rows go into the message.
+    Rows that hold finfo.min beside other numbers are excused from std_logits: their sum of squares is beyond their
+    dtype, and no kernel is asked for a number that means nothing. ``names`` of the rows go into the message.
     """
     limits = bounds(want, unit(dtype))
     for name in (*OVER_TEMPERATURES, "sum_logits", "std_logits", "max_logit", "log_prob"):
@@ -115,8 +116,8 @@ def assert_gradient(
 ) -> None:
     """A gradient in the dtype of the logits against float64.
 
-    ``scale`` is the sum of the sizes of its terms (reference.gradient_scale): the rounding error of computing it is a few units
-    of that, and rounding the result to its dtype adds half a unit in the last place of the result.
+    ``scale`` is the sum of the sizes of its terms (reference.gradient_scale): the rounding error of computing it is a
+    few units of that, and rounding the result to its dtype adds half a unit in the last place of the result.
     """
     assert got.dtype == dtype, f"{what}: gradient in {got.dtype} for {dtype} logits"
     u = unit(dtype)
@@ -131,7 +132,7 @@ def check_gradient(
     logits: Tensor, index: list[list[int]], temperature: float | list[float] | Tensor, backend: str, what: str,
     *, skip: tuple[str, ...] = (), vocab_size: int | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
-    """The gradient of all smooth fields at once, random upstreams, against float64 autograd of the reference. logits (N, V)."""
+    """The gradient of all smooth fields at once, random upstreams, against autograd of the reference. logits (N, V)."""
     before = logits.detach().clone()
     exact = logits.detach().double().requires_grad_()
     want = reference.statistics(exact, temperature, index, vocab_size=vocab_size)

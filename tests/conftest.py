@@ -1,4 +1,4 @@
-"""Fixtures: every test of an operation runs on every live backend, and for C++ on every instruction set of the machine."""
+"""Fixtures: every test of an operation runs on every live backend, for C++ on every instruction set of the machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The answers, in float64, row by row, with nothing taken from the package: what every backend is compared with.
 
-Written to be obviously right, not fast. Only the finite logits of a row enter its sums, so a masked token is left out rather
-than multiplied by zero. Everything is differentiable by autograd where it is smooth.
+Written to be obviously right, not fast. Only the finite logits of a row enter its sums, so a masked token is left out
+rather than multiplied by zero. Everything is differentiable by autograd where it is smooth.
 """
 
 from __future__ import annotations
@@ -144,10 +144,10 @@ def gradient_scale(
     logits: Tensor, temperature: float | list[float] | Tensor, index: list[list[int]], upstream: dict[str, Tensor],
     *, vocab_size: int | None = None, ignore_index: int = -100,
 ) -> Tensor:  # fmt: skip
-    """(N, V): the sum of the absolute values of the terms that a gradient is made of; its rounding error is a few epsilon of it.
+    """(N, V): the sum of the absolute values of the terms that a gradient is made of; it errs by a few epsilon of it.
 
-    Terms of the gradients of spec section 1, each taken relative to the row maximum as a one-pass kernel must. Upstreams that
-    are absent count as 0.
+    The terms are those of spec section 1, each taken relative to the row maximum as a one-pass kernel must. Upstreams
+    that are absent count as 0.
     """
     z = logits.double()[:, :vocab_size]
     t = temperatures(temperature, z.shape[0]).detach()
@@ -200,7 +200,7 @@ def gradient_scale(
 def counts(
     logits: Tensor, thresholds: list[Tensor], temperature: float | list[float] | Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """n_greater, n_equal (nnz,) and mass_greater (nnz, K) for the thresholds of each row, by sorting. NaN compares as false."""
+    """n_greater, n_equal (nnz,) and mass_greater (nnz, K) for the thresholds of each row, by sorting. NaN is false."""
     greater, equal, mass = [], [], []
     t = None if temperature is None else temperatures(temperature, logits.shape[0])
     for r, row in enumerate(logits.double()):

@@ -65,7 +65,7 @@ def test_an_error_inside_restores_the_backend():
 
 @pytest.mark.parametrize("function", ["statistics", "softmax", "log_softmax"])
 def test_unknown_and_unavailable_backends(function):
-    with pytest.raises(ValueError, match="\"auto\".*eager.*got 'fast'"):
+    with pytest.raises(ValueError, match=r"\"auto\".*eager.*got 'fast'"):
         getattr(fastcalib, function)(Z, backend="fast")
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: no CUDA kernels"):
         getattr(fastcalib, function)(Z, backend="cuda")
@@ -105,7 +105,8 @@ with warnings.catch_warnings(record=True) as seen:
     for _ in range(3):
         s = fastcalib.statistics(torch.zeros(2, 8))
         fastcalib.softmax(torch.zeros(2, 8))
-print(len(seen), seen[0].category.__name__, s.entropy.exp().tolist(), "eager" in str(seen[0].message), "FASTCALIB_FORCE_EXT" in str(seen[0].message))
+words = str(seen[0].message)
+print(len(seen), seen[0].category.__name__, s.entropy.exp().tolist(), "eager" in words, "FASTCALIB_FORCE_EXT" in words)
 live, why = fastcalib.backends()["cpp"]
 print(live, "could not be imported" in why)
 try:

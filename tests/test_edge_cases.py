@@ -1,4 +1,4 @@
-"""Errors a person can act on, dtypes and shapes at the border, rows beyond 2^31 elements, and memory that is not touched."""
+"""Errors a person can act on, dtypes and shapes at the border, rows beyond 2^31 elements, memory around the rows."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_vocab_sizes_that_make_no_sense(backend, function, size, error, words):
 
 
 def test_other_misuse(backend):
-    with pytest.raises(ValueError, match="exactly one of index.*thresholds"):
+    with pytest.raises(ValueError, match=r"exactly one of index.*thresholds"):
         fastcalib.ranks(Z, backend=backend)
     with pytest.raises(ValueError, match="exactly one"):
         fastcalib.ranks(Z, IDS, thresholds=torch.zeros(2, 3), backend=backend)
@@ -153,7 +153,7 @@ def test_other_misuse(backend):
         fastcalib.statistics(Z, ranks=True, backend=backend)
     with pytest.raises(ValueError, match=r"up to 16 selected tokens a row, got 17.*fastcalib\.ranks"):
         fastcalib.statistics(Z, torch.zeros(2, 3, 17, dtype=torch.long), ranks=True, backend=backend)
-    with pytest.raises(ValueError, match="up to 16.*got 18"):
+    with pytest.raises(ValueError, match=r"up to 16.*got 18"):
         sets = ValidSets.from_lists([list(range(18)), []])
         fastcalib.statistics(torch.zeros(2, 20), sets, ranks=True, backend=backend)
     with pytest.raises(TypeError, match="one temperature a row"):

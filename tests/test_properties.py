@@ -60,7 +60,7 @@ def test_a_common_shift_changes_nothing_but_the_level(backend, logits, t, shift)
     a = fastcalib.statistics(logits, torch.zeros(len(logits), dtype=torch.long), t, backend=backend)
     b = fastcalib.statistics(logits + shift, torch.zeros(len(logits), dtype=torch.long), t, backend=backend)
     # float64: shifting a logit of 1e4 loses 1e-12 of it, magnified by 1/T
-    near = dict(rtol=1e-9, atol=1e-9)
+    near = {"rtol": 1e-9, "atol": 1e-9}
     for name in ("entropy", "max_prob", "collision", "log_prob"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), **near)
     torch.testing.assert_close(a.logsumexp + shift / t, b.logsumexp, **near)

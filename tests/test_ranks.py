@@ -1,4 +1,4 @@
-"""ranks: counts are exact whatever the route (few thresholds, many, ragged, clustered, tied); masses against float64."""
+"""ranks: counts are exact by any route (few thresholds, many, ragged, clustered, tied); masses against float64."""
 
 from __future__ import annotations
 
@@ -269,5 +269,5 @@ def test_rank_names():
     r = fastcalib.ranks(torch.tensor([[3.0, 1.0, 3.0, 3.0, 0.0]]), torch.tensor([[0, 1, 4]]))
     assert r.rank("min").tolist() == [[1, 4, 5]] and r.rank("max").tolist() == [[3, 4, 5]]
     assert r.rank("average").tolist() == [[2.0, 4.0, 5.0]]
-    with pytest.raises(ValueError, match="min.*max.*average.*dense"):
+    with pytest.raises(ValueError, match=r"min.*max.*average.*dense"):
         r.rank("dense")

@@ -178,7 +178,7 @@ def test_new_temperature_tensors_do_not_recompile(route):
 
 @pytest.mark.parametrize("function", [fastcalib.statistics, fastcalib.softmax])
 def test_new_temperature_numbers_recompile_once_at_most(route, function):
-    """Dynamo first takes a Python number for a constant, then for a variable; a value must not cost a compilation for good."""
+    """Dynamo first takes a Python number for a constant, then for a variable; new values must not go on compiling."""
 
     def f(z, t):
         out = function(z, temperature=t, backend=route)

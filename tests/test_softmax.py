@@ -25,9 +25,9 @@ def exact(function, logits, temperature):
 
 
 def tolerance(function, want, dtype):
-    """float32 inside: 2e-6 relative, for a log-probability absolute below 1; then one rounding to the dtype of the result.
+    """float32 inside: 2e-6 relative, for a log-probability absolute below 1; then one rounding to the result's dtype.
 
-    A probability is an exponential of a rounded number: half a unit in the last place of log p twice (1/T, and the product).
+    A probability is an exponential of a rounded number: half a unit in the last place of log p, twice (1/T, product).
     """
     u = 1e-12 if dtype == torch.float64 else 2e-6
     store = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0
@@ -108,8 +108,8 @@ def test_backward(backend, function, v, dtype):
     out = function(z, given, backend=backend)
     gz, gt = torch.autograd.grad(out, (z, given), upstream)
     wz, wt = torch.autograd.grad(exact(function, precise, exact_t), (precise, exact_t), upstream.double())
-    # The gradient is made from the stored result, so its rounding enters: half a unit of p (or of log p, which p is e to the
-    # power of) in each term of p (|g| + sum p |g|), or p |sum g|.
+    # The gradient is made from the stored result, so its rounding enters: half a unit of p (or of log p, of which p is
+    # the exponential) in each term of p (|g| + sum p |g|), or of p |sum g|.
     p = exact(fastcalib.softmax, logits, t)
     g = upstream.double().abs()
     half = dtype in (torch.bfloat16, torch.float16)

@@ -85,7 +85,7 @@ def test_several_temperatures(backend, k, dtype):
 
 @pytest.mark.parametrize("field", reference.SMOOTH)
 def test_one_upstream_alone(backend, field):
-    """The other upstreams are zero, or None: fast paths of a kernel that leaves terms out must leave out the right ones."""
+    """The other upstreams are zero, or None: a fast path that leaves terms out must leave out the right ones."""
     logits = random_logits(3, 700, seed=5)
     skip = tuple(n for n in reference.SMOOTH if n != field)
     for temperature in (0.7, [0.7, 1.6, 2.0]):
@@ -119,9 +119,10 @@ def test_gradient_to_temperature_at_full_size(backend, dtype):
         (a,) = torch.autograd.grad(getattr(got, name), given, upstream[name].reshape(getattr(got, name).shape).float(),
                                    retain_graph=True)  # fmt: skip
         (b,) = torch.autograd.grad(getattr(want, name), exact, upstream[name], retain_graph=True)
-        # moments of order 2 and 3 about the maximum, in float32: a few 1e-6 of (largest |y|)^3 / T^2 at the very worst; in
-        # practice the mass lies within 12 of it
-        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5 * b.abs().max().item(), msg=lambda m: f"{name}: {m}")  # noqa: B023
+        # Moments of order 2 and 3 about the maximum, in float32, where the mass lies within 12 of it.
+        torch.testing.assert_close(
+            a.double(), b, rtol=2e-5, atol=2e-5 * b.abs().max().item(), msg=f"{name}: {a} for {b}"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)

@@ -120,7 +120,7 @@ def test_frozen_and_movable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         sets.values = torch.zeros(1)  # type: ignore[misc]
     assert sets.to("cpu").to_lists() == SETS
-    with pytest.raises(TypeError, match="from_mask.*float32"):
+    with pytest.raises(TypeError, match=r"from_mask.*float32"):
         ValidSets.from_mask(torch.zeros(2, 3))
 
 
