@@ -317,6 +317,7 @@ def test_default_text_is_long_english_prose():
     text = default_text()
     assert len(text.split()) > 20_000
     assert "::=" not in text and ">>>" not in text
+    assert not any(paragraph[0].isspace() for paragraph in text.split("\n\n"))
     assert sum(text.count(f" {word} ") for word in ("the", "of", "is", "to")) > 0.08 * len(text.split())
 
 
@@ -379,6 +380,7 @@ def test_command_line_exit_codes(options, monkeypatch):
     arguments = ["demo", "--out", str(options.out), "--text", "nothing.txt", "--model", str(options.model)]
     failed = CliRunner().invoke(cli.app, arguments)
     assert failed.exit_code == 1 and "there is no such file" in failed.output
+    assert isinstance(failed.exception, SystemExit)  # a sentence, not a traceback
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
