@@ -1,7 +1,7 @@
 // One read of a segment of a row -> its Head and the Sums of K temperatures (see row_state.h for the symbols).
 //
-// Block by block: a first pass over up to 2,048 columns (from memory) finds the maximum, the spread of the logits and any NaN; a
-// second pass (from the first-level cache) sums exponentials against the running maximum. Each block's sums are added to
+// Block by block: a first pass over up to 2,048 columns (from memory) finds the maximum; a second pass (from the first-level
+// cache) sums exponentials against the running maximum, and the spread of the logits. Each block's sums are added to
 // second-level accumulators, so no float32 sum is longer than a few hundred terms.
 #pragma once
 #include <vector>
@@ -43,8 +43,20 @@ struct Ahead {
     const char* at;
     int64_t bytes;  // a step: as many as one vector of logits
     FC_INLINE void next() {
-        __builtin_prefetch(at + 12288, 0, 2);
+        prefetch(at + 4096);
         at += bytes;
+    }
+};
+
+// Sum and sum of squares of z - center over a block: they make the spread of the logits, and they are NaN or infinite
+// wherever a logit is. The center lies near the mean, not at the maximum, or one large logit would cancel all digits.
+template <class S> struct Spread {
+    typename S::vec center, sum, square;
+    explicit Spread(typename S::vec near) : center(near), sum(S::set(0)), square(S::set(0)) {}
+    FC_INLINE void add(typename S::vec z) {
+        const auto d = z - center;
+        sum = sum + d;
+        square = square + d * d;
     }
 };
 
@@ -96,12 +108,13 @@ template <class S> struct Scratch {
 };
 
 // Sums of G neighbouring temperatures over a block of n values, a multiple of the vector length.
-template <class S, int G>
+template <class S, int G, bool WithSpread>
 FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::real max, const double* c, Lanes<S>* sums,
-                         Ahead& ahead) {
+                         Ahead& ahead, Spread<S>& spread) {
     using real = typename S::real;
     using vec = typename S::vec;
     constexpr int chains = G == 1 ? S::chains : 1;
+    Spread<S> odd(spread.center);  // the second chain's
     Lanes<S> lanes[G * chains];
     vec scale[G];
     for (auto& l : lanes) l.clear();
@@ -110,7 +123,8 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
     int64_t i = 0;
     const auto step = [&](int64_t at, int chain) __attribute__((always_inline)) {
         ahead.next();
-        const vec y = S::load(values + at) - m;
+        const vec z = S::load(values + at), y = z - m;
+        if constexpr (WithSpread) (chain ? odd : spread).add(z);
         for (int g = 0; g < G; ++g) {
             const vec t = S::max(y * scale[g], least);  // also turns -inf into a negligible 2^-126
             lanes[g * chains + chain].add(S::exp2(t), t);
@@ -122,15 +136,19 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
     // Two chains hide the latency of the additions where one temperature alone would not.
     for (int g = 0; g < G; ++g)
         for (int chain = 0; chain < chains; ++chain) sums[g].add(lanes[g * chains + chain]);
+    if constexpr (WithSpread && chains > 1) {
+        spread.sum = spread.sum + odd.sum;
+        spread.square = spread.square + odd.square;
+    }
 }
 
 // The same for inverse temperatures in arithmetic progression: 2^(c_k y) = 2^(c_0 y) (2^(step y))^k, so two exponentials
 // serve all K. Runs from the smallest c, where every factor is <= 1 and underflow is a clean 0. Powers and ratio wait in
 // the scratch between groups of G. Moments are in y here and brought to t = c y on the way out.
-template <class S, int G, bool First>
+template <class S, int G, bool First, bool WithSpread>
 FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max,
                                     double c_least, double step, const double* const* c, Lanes<S>* const* sums,
-                                    Ahead& ahead) {
+                                    Ahead& ahead, Spread<S>& spread) {
     using real = typename S::real;
     using vec = typename S::vec;
     Lanes<S> lanes[G];
@@ -139,7 +157,8 @@ FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real*
     const vec first = S::set(real(c_least)), distance = S::set(real(step));
     for (int64_t i = 0; i < n; i += S::lanes) {
         ahead.next();
-        const vec y = S::max(S::load(values + i) - m, floor);
+        const vec z = S::load(values + i), y = S::max(z - m, floor);
+        if constexpr (WithSpread) spread.add(z);
         vec e, w;
         if constexpr (First) {
             e = S::exp2(S::max(y * first, least));
@@ -158,39 +177,50 @@ FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real*
     for (int g = 0; g < G; ++g) sums[g]->add(lanes[g], S::set(real(*c[g])));
 }
 
-template <class S>
+// All temperatures over a block, and its spread, which the first group of temperatures takes along.
+template <class S, bool WithSpread>
 FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max,
-                                Ahead& ahead) {
+                                Ahead& ahead, Spread<S>& spread) {
     const Betas& betas = scratch.betas;
     const int64_t count = betas.count();
     Lanes<S>* sums = scratch.sums.data();
-    if (betas.arithmetic) {
+    if (betas.arithmetic) {  // at least four temperatures
         const auto at = [&](int64_t k) { return betas.ascending ? k : count - 1 - k; };
-        for (int64_t k = 0; k < count;) {
-            const double* c[4];
-            Lanes<S>* to[4];
-            const int64_t group = count - k >= 4 ? 4 : 1;
-            for (int64_t g = 0; g < group; ++g) {
+        const auto group = [&]<int G, bool First, bool Spreads>(int64_t k) __attribute__((always_inline)) {
+            const double* c[G];
+            Lanes<S>* to[G];
+            for (int g = 0; g < G; ++g) {
                 c[g] = &betas.c[at(k + g)];
                 to[g] = sums + at(k + g);
             }
-            // Every 16 temperatures the power is formed anew, so that rounding does not build up.
-            const bool anew = k % 16 == 0;
-            if (group == 4 && anew) sum_block_arithmetic<S, 4, true>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
-            else if (group == 4) sum_block_arithmetic<S, 4, false>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
-            else if (anew) sum_block_arithmetic<S, 1, true>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
-            else sum_block_arithmetic<S, 1, false>(scratch, values, n, max, *c[0], betas.step, c, to, ahead);
-            k += group;
-        }
+            sum_block_arithmetic<S, G, First, Spreads>(scratch, values, n, max, *c[0], betas.step, c, to, ahead, spread);
+        };
+        group.template operator()<4, true, WithSpread>(0);
+        int64_t k = 4;
+        // Every 16 temperatures the power is formed anew, so that rounding does not build up.
+        for (; k + 4 <= count; k += 4)
+            k % 16 ? group.template operator()<4, false, false>(k) : group.template operator()<4, true, false>(k);
+        for (; k < count; ++k)
+            k % 16 ? group.template operator()<1, false, false>(k) : group.template operator()<1, true, false>(k);
         return;
     }
-    int64_t k = 0;
-    for (; k + 4 <= count; k += 4) sum_block<S, 4>(values, n, max, &betas.c[k], sums + k, ahead);
+    const auto group = [&]<int G, bool Spreads>(int64_t k) __attribute__((always_inline)) {
+        sum_block<S, G, Spreads>(values, n, max, &betas.c[k], sums + k, ahead, spread);
+    };
+    if (count == 1) return group.template operator()<1, WithSpread>(0);
+    if (count < 4) {
+        group.template operator()<2, WithSpread>(0);
+        if (count == 3) group.template operator()<1, false>(2);
+        return;
+    }
+    group.template operator()<4, WithSpread>(0);
+    int64_t k = 4;
+    for (; k + 4 <= count; k += 4) group.template operator()<4, false>(k);
     if (k + 2 <= count) {
-        sum_block<S, 2>(values, n, max, &betas.c[k], sums + k, ahead);
+        group.template operator()<2, false>(k);
         k += 2;
     }
-    if (k < count) sum_block<S, 1>(values, n, max, &betas.c[k], sums + k, ahead);
+    if (k < count) group.template operator()<1, false>(k);
 }
 
 // Spread of a segment with -inf, NaN or overflow in it: one more look, from the cache, in double.
@@ -215,6 +245,17 @@ template <class T> __attribute__((noinline)) void careful_spread(const T* x, int
     head.m2 = m2;
 }
 
+// Mean of the finite ones among the first few logits.
+template <class T> auto near_mean(const T* x, int64_t n) {
+    double sum = 0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const double z = double(to_real(x[i]));
+        if (std::isfinite(z)) sum += z, ++count;
+    }
+    return decltype(to_real(*x))(count ? sum / double(count) : 0.0);
+}
+
 // Lowest column from `from` on with x >= bound; there is one.
 template <class S, class T> int64_t first_not_less(const T* x, int64_t from, int64_t n, typename S::real bound) {
     const auto least = S::set(bound);
@@ -236,16 +277,9 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
     head = Head();
     real max = S::lowest;
     int64_t argmax = -1;
-    // The spread is taken about a number near the mean, so that it does not cancel.
-    double near = 0;
-    int64_t near_n = 0;
-    for (int64_t i = 0; i < n && i < 64; ++i) {
-        const double z = double(to_real(x[i]));
-        if (std::isfinite(z)) near += z, ++near_n;
-    }
-    const real center = near_n ? real(near / double(near_n)) : real(0);
-    const vec center_v = S::set(center);
-    double sum = 0, square = 0;
+    const real center = near_mean(x, std::min<int64_t>(n, 64));
+    double sum = 0, square = 0;  // of z - center
+    bool spread_known = true;
 
     for (int64_t start = 0; start < n; start += kSumBlock<S>) {
         const int64_t length = std::min(kSumBlock<S>, n - start), whole = length / S::lanes * S::lanes;
@@ -254,14 +288,10 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
         constexpr bool in_place = std::is_same_v<T, real>;
         const bool copy = !in_place || whole != length;
         vec top[2] = {S::set(-real(INFINITY)), S::set(-real(INFINITY))};
-        vec d_sum[2] = {S::set(0), S::set(0)}, d_square[2] = {S::set(0), S::set(0)};
         const auto look = [&](int64_t i, int chain) __attribute__((always_inline)) {
             const vec v = S::load(from + i);
             if (copy) S::store(scratch.values + i, v);
             top[chain] = S::max(v, top[chain]);
-            const vec d = v - center_v;
-            d_sum[chain] = d_sum[chain] + d;
-            d_square[chain] = d_square[chain] + d * d;
         };
         int64_t i = 0;
         for (; i + 2 * S::lanes <= whole; i += 2 * S::lanes) {
@@ -270,22 +300,14 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
         }
         for (; i < whole; i += S::lanes) look(i, 0);
         real block_max = S::reduce_max(S::max(top[0], top[1]));
-        double block_sum = S::reduce_add(d_sum[0] + d_sum[1]), block_square = S::reduce_add(d_square[0] + d_square[1]);
-        int64_t padded = whole;
         if (whole != length) {
             for (; i < length; ++i) {
                 const real z = to_real(from[i]);
                 scratch.values[i] = z;
                 block_max = z > block_max ? z : block_max;
-                const double d = double(z) - double(center);
-                block_sum += d;
-                block_square += d * d;
             }
             for (; i % S::lanes; ++i) scratch.values[i] = -real(INFINITY);
-            padded = i;
         }
-        sum += block_sum;
-        square += block_square;
         const real* values = copy ? scratch.values : reinterpret_cast<const real*>(from);
         if (block_max > max || (argmax < 0 && block_max == max)) {
             if (block_max == real(INFINITY)) {
@@ -298,15 +320,30 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
             max = block_max;
             argmax = start;  // of its block; the place within it is looked up once, at the end
         }
-        if (argmax < 0) continue;
+        if (argmax < 0) {
+            spread_known = false;
+            continue;
+        }
         Ahead ahead{reinterpret_cast<const char*>(from + length), int64_t(S::lanes * sizeof(T))};
-        sum_temperatures<S>(scratch, values, padded, max, ahead);
+        Spread<S> spread(S::set(center));
+        sum_temperatures<S, true>(scratch, values, whole, max, ahead, spread);
+        sum += S::reduce_add(spread.sum);
+        square += S::reduce_add(spread.square);
+        if (whole != length) {
+            // The spread would see the padding, so the last few are added to it one by one.
+            sum_temperatures<S, false>(scratch, values + whole, S::lanes, max, ahead, spread);
+            for (i = whole; i < length; ++i) {
+                const double d = double(values[i]) - double(center);
+                sum += d;
+                square += d * d;
+            }
+        }
     }
     for (int64_t k = 0; k < k_count; ++k) out[k] = scratch.sums[k].total();
     if (argmax >= 0) argmax = first_not_less<S>(x, argmax, n, max);
     head.max = argmax >= 0 ? double(max) : -HUGE_VAL;
     head.argmax = argmax;
-    if (std::isfinite(sum) && std::isfinite(square)) {
+    if (spread_known && std::isfinite(sum) && std::isfinite(square)) {
         head.n = n;
         head.mean = double(center) + sum / double(n);
         head.m2 = std::max(0.0, square - sum * (sum / double(n)));

@@ -113,6 +113,11 @@ struct F32 {
     // a where a > b, else b: a NaN in a is replaced, a NaN in b stays.
     static FC_INLINE vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
     static FC_INLINE float reduce_max(vec v) { return _mm512_reduce_max_ps(v); }
+    static FC_INLINE double reduce_add(vec v) {
+        const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+        return _mm512_reduce_add_pd(
+            _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(high)));
+    }
     static FC_INLINE bool any_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
     static FC_INLINE bool any_not_less(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ) != 0; }
     static FC_INLINE vec where_greater(vec a, vec b, vec v) {
@@ -245,6 +250,13 @@ struct F32 {
 #endif
 
 #if !defined(__AVX512F__)
+    static FC_INLINE double reduce_add(vec v) {
+        float value[lanes];
+        std::memcpy(value, &v, sizeof v);
+        double sum = 0;
+        for (int i = 0; i < lanes; ++i) sum += value[i];
+        return sum;
+    }
     static FC_INLINE float reduce_max(vec v) {
         float top = v[0];
         for (int i = 1; i < lanes; ++i) top = v[i] > top ? v[i] : top;
@@ -280,13 +292,6 @@ struct F32 {
     static FC_INLINE vec poly(vec f) {
         return exp2_fraction(f, set(0.001326472731307149f), set(0.009671512991189957f), set(0.05550733581185341f),
                              set(0.24022242426872253f), set(0.6931470036506653f), set(1.f));
-    }
-    static FC_INLINE double reduce_add(vec v) {
-        float value[lanes];
-        std::memcpy(value, &v, sizeof v);
-        double sum = 0;
-        for (int i = 0; i < lanes; ++i) sum += value[i];
-        return sum;
     }
     static constexpr float lowest = -FLT_MAX;
     static constexpr float lowest_exponent = -126.f;

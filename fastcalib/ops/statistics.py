@@ -345,10 +345,10 @@ def statistics(
             argmax.reshape(leading),
             *scalars.reshape(2, *leading).unbind(0),
             saved[:, 0].reshape(leading),
-            None if ids is None else log_prob.reshape(*selected, *axis),
+            None if ids is None else log_prob.reshape((*selected, *axis)),
             n_greater.reshape(selected) if ranks else None,
             n_equal.reshape(selected) if ranks else None,
-            mass.reshape(*selected, *axis) if ranks else None,
+            mass.reshape((*selected, *axis)) if ranks else None,
         )
     )
 
