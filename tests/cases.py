@@ -141,7 +141,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "columns not adjacent": lambda z: z.transpose(-1, -2).contiguous().transpose(-1, -2),
     "every second column": lambda z: z.repeat_interleave(2, -1)[..., ::2],
     "rows backwards in memory": lambda z: z.flip(0).contiguous().flip(0),
-    "three strides": lambda z: _shifted(z)[:, None].expand(-1, 1, -1, -1).squeeze(1),
 }
 
 

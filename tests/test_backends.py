@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 
 import pytest
@@ -24,7 +25,12 @@ Z = torch.randn(2, 50)
 def run(code: str, **environment: str) -> str:
     """A fresh interpreter, away from the repository."""
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+        cwd=tempfile.gettempdir(),
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -151,6 +157,7 @@ def test_an_instruction_set_that_does_not_exist_is_not_ignored():
     result = subprocess.run(
         [sys.executable, "-c", "import fastcalib; print(fastcalib.backends()['cpp'])"],
         capture_output=True, text=True, env={**os.environ, "FASTCALIB_ISA": "avx1024"}, timeout=120,
+        cwd=tempfile.gettempdir(),
     )  # fmt: skip
     assert "avx1024" in result.stdout + result.stderr
 

@@ -310,6 +310,21 @@ def test_nothing_around_the_rows_is_read(backend):
         )
 
 
+def test_four_dimensions_that_no_two_strides_describe(backend):
+    wide = torch.full((3, 4, 5, 90), NAN)
+    z = wide[:2, :3, :4, 5:-5].copy_(random_logits(2, 3, 4, 80)).requires_grad_()
+    ids = torch.randint(0, 80, (2, 3, 4))
+    same = z.detach().contiguous().requires_grad_()
+    results = []
+    for logits in (z, same, z.transpose(0, 2).contiguous().transpose(0, 2)):
+        s = fastcalib.statistics(logits, ids, ranks=True, backend=backend)
+        p = fastcalib.softmax(logits, 0.5, backend=backend)
+        (g,) = torch.autograd.grad(s.log_prob.sum() + s.entropy.sum() + p.square().sum(), logits)
+        results.append((s.entropy, s.log_prob, s.n_greater, p, g))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
 def test_parameters_and_subclasses(backend):
     z = torch.nn.Parameter(random_logits(2, 30))
     fastcalib.statistics(z, backend=backend).entropy.sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -154,7 +155,9 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(big, ids, many)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    away = tempfile.gettempdir()
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=away)
+    return float(result.stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not CPP_IS_LIVE, reason="the C++ kernels, measured as Linux does")

@@ -49,6 +49,8 @@ def check_thresholds(logits, thresholds, temperature, backend, what):
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
 @pytest.mark.parametrize("m", SET_SIZES)
 def test_sets_of_any_size(backend, m, dtype):
+    if backend == "eager" and m > 300:
+        pytest.skip("the plain comparison has one route for all sizes")
     logits = random_logits(3, 2_500, dtype=dtype, seed=m)
     ids = torch.stack([torch.randperm(2_500)[:m] for _ in range(3)])
     check_index(logits, ids, None, backend, f"M={m}")
