@@ -264,8 +264,11 @@ template <class S, class T> int64_t first_not_less(const T* x, int64_t from, int
     return from;
 }
 
-// Short vectors add more terms in a lane, so their blocks are shorter: about 128 terms a lane in every instruction set.
-template <class S> constexpr int64_t kSumBlock = std::clamp<int64_t>(128 * S::lanes, 512, kBlock);
+// At most 64 terms are added up in one float32 lane (equal terms round the same way each time, so the error grows with their
+// number): one temperature has two chains of lanes, several have one.
+template <class S> int64_t sum_block_length(int64_t k_count) {
+    return S::lanes == 1 ? kBlock : 64 * S::lanes * (k_count == 1 ? S::chains : 1);
+}
 
 template <class S, class T>
 void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
@@ -281,8 +284,9 @@ void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, 
     double sum = 0, square = 0;  // of z - center
     bool spread_known = true;
 
-    for (int64_t start = 0; start < n; start += kSumBlock<S>) {
-        const int64_t length = std::min(kSumBlock<S>, n - start), whole = length / S::lanes * S::lanes;
+    const int64_t block = sum_block_length<S>(k_count);
+    for (int64_t start = 0; start < n; start += block) {
+        const int64_t length = std::min(block, n - start), whole = length / S::lanes * S::lanes;
         const T* from = x + start;
         // float32 is read in place; 16-bit logits are widened once, as is a last block that needs padding.
         constexpr bool in_place = std::is_same_v<T, real>;

@@ -300,6 +300,7 @@ void rank_segment(const T* x, int64_t n, const RankPlan<typename S::real>& plan,
     const int64_t m = plan.count, k_count = int64_t(plan.c.size());
     part.clear(m, k_count);
     if (m == 0) return;
+    const FlushDenormals flush;
     const bool each = m <= kCompareAll, direct = m <= 2 && k_count == 0;
     if (each) {
         scratch.counters.assign(size_t(m), {S::no_count(), S::no_count()});
@@ -400,7 +401,6 @@ void rank_split(const RanksArgs& a, int threads, std::vector<RankScratch<S>>& sc
         make_plan<S, T>(a, row, head, sums, betas, plans[row]);
     }
     parallel_for(n_rows * segments, threads, 1, [&](int64_t task, int thread) {
-        const FlushDenormals flush;
         const int64_t row = task / segments, start = task % segments * kSegment;
         rank_segment<S>(a.logits.row<const T>(row) + start, std::min(kSegment, a.vocab - start), plans[row],
                         scratch[thread], totals[task]);
@@ -424,8 +424,8 @@ template <class T> int64_t ranks(const RanksArgs& a) {
         parallel_for(n_rows, threads, rows_per_run(n_rows, a.vocab, threads), [&](int64_t row, int thread) {
             if (!check_ids(a.selected, row, a.vocab, bad)) return;
             Head head;
-            const FlushDenormals flush;
             if (masses) {
+                const FlushDenormals flush;
                 Scratch<S>& own = sums[thread];
                 own.betas.set(a.temperatures.row(row), a.temperatures.count);
                 accumulate_row<S>(a.logits.row<const T>(row), a.vocab, own, head, own.row);

@@ -160,7 +160,7 @@ struct F32 {
 #elif defined(__AVX2__)
     using vec = __m256;
     static constexpr int lanes = 8;
-    static constexpr int chains = 1;
+    static constexpr int chains = 2;
     static FC_INLINE vec set(float v) { return _mm256_set1_ps(v); }
     static FC_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
     static FC_INLINE vec load(const bfloat16* p) {
@@ -224,7 +224,7 @@ struct F32 {
     typedef int32_t count __attribute__((vector_size(16)));
     typedef float unaligned_vec __attribute__((vector_size(16), aligned(4), may_alias));
     static constexpr int lanes = 4;
-    static constexpr int chains = 1;
+    static constexpr int chains = 2;
     static FC_INLINE vec set(float v) { return vec{v, v, v, v}; }
     static FC_INLINE vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
     template <class T> static FC_INLINE vec load(const T* p) {

@@ -99,7 +99,6 @@ template <class T> int64_t statistics(const StatisticsArgs& a) {
 
     if (!split_rows(n_rows, a.vocab, threads)) {
         parallel_for(n_rows, threads, rows_per_run(n_rows, a.vocab, threads), [&](int64_t row, int thread) {
-            const FlushDenormals flush;
             if (!check_ids(a.selected, row, a.vocab, bad)) return;
             Scratch<S>& own = scratch[thread];
             RankScratch<S>* ranked = a.ranks ? &rank_scratch[thread] : nullptr;
@@ -110,7 +109,10 @@ template <class T> int64_t statistics(const StatisticsArgs& a) {
                 return;
             }
             Head head;
-            accumulate_row<S>(a.logits.row<const T>(row), a.vocab, own, head, own.row);
+            {
+                const FlushDenormals flush;  // not while results are written: the maximum itself may be a denormal
+                accumulate_row<S>(a.logits.row<const T>(row), a.vocab, own, head, own.row);
+            }
             finish_row<S, T>(a, row, head, own.row.data(), own.betas);
             // The row is still in the cache.
             if (ranked) rank_row<S, T>(ranks_of_selected(a), row, &head, own.row.data(), own.betas, *ranked);

@@ -216,10 +216,10 @@ template <class T> void statistics_backward(const StatisticsBackwardArgs& a) {
     if (!split_rows(n_rows, a.vocab, threads)) {
         std::vector<RowGradient> gradient(threads);
         parallel_for(n_rows, threads, rows_per_run(n_rows, a.vocab, threads), [&](int64_t row, int thread) {
-            const FlushDenormals flush;
             Scratch<S>& own = scratch[thread];
             own.betas.set(a.temperatures.row(row), a.temperatures.count);
             prepare_gradient<S, T>(a, row, own.betas, gradient[thread]);
+            const FlushDenormals flush;
             write_columns<S, T>(a, row, 0, a.vocab, gradient[thread], own);
             write_extra<S, T>(a, row, gradient[thread]);
         });
