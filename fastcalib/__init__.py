@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import calibration, functional, losses
 from .backends import backends, use_backend
+from .calibration import CalibrationState, TemperatureFit, fit_temperature, fit_temperature_from
 from .fused import fused_loss
 from .ops import TokenRanks, TokenStatistics, log_softmax, ranks, softmax, statistics
 from .valid_sets import ValidSets
@@ -11,12 +12,16 @@ from .valid_sets import ValidSets
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationState",
+    "TemperatureFit",
     "TokenRanks",
     "TokenStatistics",
     "ValidSets",
     "backends",
     "calibration",
     "functional",
+    "fit_temperature",
+    "fit_temperature_from",
     "fused_loss",
     "log_softmax",
     "losses",

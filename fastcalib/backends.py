@@ -47,10 +47,7 @@ def backends() -> dict[str, tuple[bool, str]]:
         True
     """
     gpu = "torch sees a CUDA device" if torch.cuda.is_available() else "torch sees no CUDA device"
-    if _C is None:
-        cpp = (False, _why_no_extension())
-    else:
-        cpp = (True, f"C++ kernels for the CPU, instruction set {_C.isa()}")
+    cpp = (False, _why_no_extension()) if _C is None else (True, f"C++ kernels for the CPU, instruction set {_C.isa()}")
     return {
         "eager": (True, "plain PyTorch, the reference; any device"),
         "cpp": cpp,

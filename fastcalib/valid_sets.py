@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class ValidSets:
     def to_lists(self) -> list[list[int]]:
         """The sets as Python lists."""
         values, offsets = self.values.tolist(), self.offsets.tolist()
-        return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
     @classmethod
     def from_lists(cls, sets: Iterable[Sequence[int]]) -> ValidSets:

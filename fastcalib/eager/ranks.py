@@ -23,8 +23,8 @@ def ranks(
 ) -> TokenRanks:
     """Counts and masses for logits (N, V), thresholds and their rows (nnz,), temperature (1 or N, K) or None.
 
-    Comparisons are IEEE: a NaN is neither greater nor equal. With ``selected=True`` the thresholds are logits of the row
-    itself and n_equal leaves that one out. Masses come out (nnz, K), NaN in a row without a softmax.
+    Comparisons are IEEE: a NaN is neither greater nor equal. With ``selected=True`` the thresholds are logits of the
+    row itself and n_equal leaves that one out. Masses come out (nnz, K), NaN in a row without a softmax.
     """
     dtype = statistics_dtype(logits.dtype)
     z = logits.to(dtype)

@@ -64,14 +64,14 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
                 where = f"temperature{list(position)}" if position else "temperature"
                 raise ValueError(f"{where} must be positive and finite, got {float(temperature[position].detach())}")
         flat = temperature.to(torch.float64)
-        if flat.dim() == 0 or flat.numel() == 1 and flat.dim() <= len(leading):
+        if flat.dim() == 0 or (flat.numel() == 1 and flat.dim() <= len(leading)):
             return flat.reshape(1, 1), False
         try:
             flat = flat.expand(leading)
         except RuntimeError:
             raise ValueError(
-                f"a temperature tensor must broadcast to the leading dimensions {tuple(leading)} of the logits, got shape "
-                f"{tuple(temperature.shape)}; pass a list of numbers for several temperatures per row"
+                f"a temperature tensor must broadcast to the leading dimensions {tuple(leading)} of the logits, got "
+                f"shape {tuple(temperature.shape)}; pass a list of numbers for several temperatures per row"
             ) from None
         return flat.reshape(-1, 1), False
     if isinstance(temperature, Sequence):

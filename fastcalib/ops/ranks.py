@@ -120,8 +120,8 @@ def ranks(
 
     Args:
         logits: (*, V), float32, bfloat16, float16 or float64.
-        index: token ids (*), (*, M), or a :class:`ValidSets` of N = prod(*) sets. A selected token is not counted in its own
-            ``n_equal``. Entries equal to ``ignore_index`` give 0.
+        index: token ids (*), (*, M), or a :class:`ValidSets` of N = prod(*) sets. A selected token is not counted in its
+            own ``n_equal``. Entries equal to ``ignore_index`` give 0.
         thresholds: numbers (*) or (*, M) to compare with instead of an index.
         temperature: None for counts alone; else as in :func:`fastcalib.statistics`, and ``mass_greater`` is
             sum of p_v over the tokens with z_v above the threshold.
@@ -183,7 +183,8 @@ def _normalise_thresholds(thresholds: Tensor | None, logits: Tensor) -> tuple[In
         per_row = shape[-1]
     else:
         raise ValueError(
-            f"thresholds must have shape {leading} or {(*leading, 'M')} for logits of shape {tuple(logits.shape)}, got {shape}"
+            f"thresholds must have shape {leading} or {(*leading, 'M')} for logits of shape {tuple(logits.shape)}, "
+            f"got {shape}"
         )
     flat = thresholds.detach().reshape(-1).to(statistics_dtype(logits.dtype))
     return Index(flat, per_row, None, shape), flat

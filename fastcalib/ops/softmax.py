@@ -10,13 +10,16 @@ from torch import Tensor
 from .. import eager
 from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
-from ._arguments import Temperature, check_logits, normalise_temperature, row_layout
+from ._arguments import check_logits, normalise_temperature, row_layout
 from ._library import LIBRARY
 from ._memory import empty_like_logits
 
-LIBRARY.define("softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log) -> (Tensor output, Tensor logsumexp)")
 LIBRARY.define(
-    "softmax_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor temperature, SymInt vocab_size, bool log, bool temperature_grad) "
+    "softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log) -> (Tensor output, Tensor logsumexp)"
+)
+LIBRARY.define(
+    "softmax_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor temperature, SymInt vocab_size, bool log, "
+    "bool temperature_grad) "
     "-> (Tensor grad_logits, Tensor grad_temperature)"
 )
 
@@ -151,9 +154,9 @@ def softmax(
         backend: "auto", "eager" or "cpp".
 
     Returns:
-        (*, V) in the dtype of the logits, computed in float32 (float64 for float64). Differentiable in the logits and in a
-        temperature tensor. Masked tokens (-inf) are exactly 0; probabilities below 1.2e-38 are flushed to 0; a row that is
-        -inf throughout is NaN with gradient 0.
+        (*, V) in the dtype of the logits, computed in float32 (float64 for float64). Differentiable in the logits and
+        in a temperature tensor. Masked tokens (-inf) are exactly 0; probabilities below 1.2e-38 are flushed to 0; a row
+        that is -inf throughout is NaN with gradient 0.
 
     Raises:
         TypeError, ValueError: as :func:`fastcalib.statistics`.

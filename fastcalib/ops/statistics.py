@@ -35,8 +35,8 @@ LIBRARY.define(
     "Tensor n_equal, Tensor mass_greater, Tensor saved)"
 )
 LIBRARY.define(
-    "statistics_backward(Tensor grad_rows, Tensor grad_scalars, Tensor grad_log_prob, Tensor logits, Tensor temperature, "
-    "Tensor? index, SymInt per_row, Tensor? offsets, Tensor rows, Tensor scalars, Tensor saved, SymInt vocab_size, "
+    "statistics_backward(Tensor grad_rows, Tensor grad_scalars, Tensor grad_log_prob, Tensor logits, "
+    "Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, Tensor rows, Tensor scalars, Tensor saved, SymInt vocab_size, "
     "int ignore_index) -> Tensor"
 )
 
@@ -58,7 +58,9 @@ def _allocate(logits: Tensor, temperature: Tensor, index: Tensor | None, ranks: 
         new(counted, dtype=torch.int64),
         new(counted, dtype=torch.int64),
         new(counted, k),
-        new(n_rows, 3 + 2 * k),  # max z, mean z - max z, finite logits; then log s0 and E[z] - max z of each temperature
+        new(
+            n_rows, 3 + 2 * k
+        ),  # max z, mean z - max z, finite logits; then log s0 and E[z] - max z of each temperature
     )
 
 
@@ -184,13 +186,15 @@ def _backward_cpu(
     return out
 
 
-def _backward_fake(grad_rows: Tensor, grad_scalars: Tensor, grad_log_prob: Tensor, logits: Tensor, *_: object) -> Tensor:
+def _backward_fake(
+    grad_rows: Tensor, grad_scalars: Tensor, grad_log_prob: Tensor, logits: Tensor, *_: object
+) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
     logits, temperature, index, per_row, offsets, vocab_size, ignore_index, _ = inputs
-    rows, scalars, log_prob, _, _, _, mass_greater, saved = output
+    rows, scalars, log_prob, _, _, _, _mass_greater, saved = output
     ctx.mark_non_differentiable(*output[3:])  # type: ignore[attr-defined]
     ctx.save_for_backward(logits, temperature, index, offsets, rows, scalars, log_prob, saved)  # type: ignore[attr-defined]
     ctx.constants = (per_row, vocab_size, ignore_index)  # type: ignore[attr-defined]
@@ -229,7 +233,8 @@ def _temperature_gradient(
     """Gradient to T. With b = 1/T and y = z - max z, E and Var over p:
 
     dL/db = E[z], dH/db = -b Var, dE/db = Var, d max_prob/db = -max_prob E[y], d log p_i/db = z_i - E[z],
-    dC/db = 2 C (E' - E) with E' the mean logit at T/2 (p^2 renormalised is the softmax there), dVar/db = third central moment.
+    dC/db = 2 C (E' - E) with E' the mean logit at T/2 (p^2 renormalised is the softmax there), dVar/db = third
+    central moment.
     """
     g_logsumexp, g_entropy, g_max_prob, g_collision, g_mean, g_var = grad_rows.unbind(0)
     _, _, max_prob, collision, mean_logit, var_logit = rows.unbind(0)
@@ -255,7 +260,7 @@ def _temperature_gradient(
         none = (index.ids == ignore_index)[:, None] | ~per_token.isfinite()
         per_token = torch.where(none, torch.zeros_like(per_token), per_token * grad_log_prob)
         grad = grad.index_add(0, row_of, per_token)
-    grad = grad.to(torch.float64) * -(1.0 / temperature) ** 2
+    grad = grad.to(torch.float64) * -((1.0 / temperature) ** 2)
     return grad if temperature.shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)
 
 
@@ -293,13 +298,13 @@ def statistics(
     Whatever is computed from the result, the gradient to the logits costs one more read and one write.
 
     Args:
-        logits: (*, V), float32, bfloat16, float16 or float64. Any strides; rows are not copied as long as the columns are
-            adjacent and two strides describe the leading dimensions.
+        logits: (*, V), float32, bfloat16, float16 or float64. Any strides; rows are not copied as long as the columns
+            are adjacent and two strides describe the leading dimensions.
         index: token ids whose log-probability is wanted: integers (*) or (*, M), or a :class:`ValidSets` of N = prod(*)
-            sets. Entries equal to ``ignore_index`` give 0 everywhere. A row all of whose entries are ignored is skipped:
-            every statistic 0, argmax -1, gradient exactly 0.
-        temperature: a number; a sequence of K numbers, which adds a trailing axis of K to what depends on it; or a tensor
-            that broadcasts to the leading dimensions, one temperature a row. Tensors are differentiable.
+            sets. Entries equal to ``ignore_index`` give 0 everywhere. A row all of whose entries are ignored is
+            skipped: every statistic 0, argmax -1, gradient exactly 0.
+        temperature: a number; a sequence of K numbers, which adds a trailing axis of K to what depends on it; or a
+            tensor that broadcasts to the leading dimensions, one temperature a row. Tensors are differentiable.
         ranks: also count ``n_greater``, ``n_equal`` and ``mass_greater`` of the selected tokens, up to 16 a row, in the
             same read. Larger sets go through :func:`fastcalib.ranks`.
         vocab_size: columns from here on are padding and take no part in anything; their gradient is 0.
@@ -311,7 +316,8 @@ def statistics(
 
     Raises:
         TypeError: logits or index of a dtype that makes no sense, a DTensor.
-        ValueError: shapes that do not fit, an id outside [0, vocab_size), a temperature that is not positive and finite.
+        ValueError: shapes that do not fit, an id outside [0, vocab_size), a temperature that is not positive and
+                finite.
 
     Sources: spec section 1 (derived); temperature scaling after Guo et al. 2017 (arXiv 1706.04599).
 

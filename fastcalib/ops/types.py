@@ -67,7 +67,8 @@ class TokenRanks(NamedTuple):
         """Rank of each selected token, 1 for the largest logit, by the names of :func:`scipy.stats.rankdata`.
 
         Args:
-            method: ``"min"`` is 1 + n_greater, ``"max"`` is 1 + n_greater + n_equal, ``"average"`` their mean (float64).
+            method: ``"min"`` is 1 + n_greater, ``"max"`` is 1 + n_greater + n_equal, ``"average"`` their mean
+                (float64).
 
         Raises:
             ValueError: for any other method.
