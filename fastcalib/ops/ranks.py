@@ -120,8 +120,8 @@ def ranks(
 
     Args:
         logits: (*, V), float32, bfloat16, float16 or float64.
-        index: token ids (*), (*, M), or a :class:`ValidSets` of N = prod(*) sets. A selected token is not counted in its
-            own ``n_equal``. Entries equal to ``ignore_index`` give 0.
+        index: token ids (*), (*, M), or a :class:`ValidSets` of N = prod(*) sets. A selected token is not counted in
+            its own ``n_equal``. Entries equal to ``ignore_index`` give 0.
         thresholds: numbers (*) or (*, M) to compare with instead of an index.
         temperature: None for counts alone; else as in :func:`fastcalib.statistics`, and ``mass_greater`` is
             sum of p_v over the tokens with z_v above the threshold.

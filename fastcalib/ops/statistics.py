@@ -36,8 +36,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "statistics_backward(Tensor grad_rows, Tensor grad_scalars, Tensor grad_log_prob, Tensor logits, "
-    "Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, Tensor rows, Tensor scalars, Tensor saved, SymInt vocab_size, "
-    "int ignore_index) -> Tensor"
+    "Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, Tensor rows, Tensor scalars, Tensor saved, "
+    "SymInt vocab_size, int ignore_index) -> Tensor"
 )
 
 
