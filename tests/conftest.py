@@ -45,8 +45,9 @@ def cpp_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """A fixed seed, and the thread count back to what it was."""
+    """A fixed seed, and one thread: more give the same bits (test_determinism.py), and take longer over work this small."""
     torch.manual_seed(20260)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
