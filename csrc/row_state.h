@@ -15,6 +15,14 @@
 #define FASTCALIB_HD
 #endif
 
+// One body, one rounding: inlined at two places, the same lines may be contracted to different fused multiply-adds, and a row
+// would get other bits when its segments are shared out.
+#if defined(__CUDACC__)
+#define FASTCALIB_ONE_BODY
+#else
+#define FASTCALIB_ONE_BODY __attribute__((noinline))
+#endif
+
 namespace fastcalib {
 
 constexpr double kLog2e = 1.4426950408889634;
@@ -64,7 +72,8 @@ struct Head {
 };
 
 // Merge the state (head_b, b) of later columns into (head_a, a) of earlier ones; ties keep the earlier argmax.
-FASTCALIB_HD inline void merge(Head& head_a, Sums* a, const Head& head_b, const Sums* b, const double* c, int k_count) {
+FASTCALIB_HD FASTCALIB_ONE_BODY inline void merge(Head& head_a, Sums* a, const Head& head_b, const Sums* b,
+                                                  const double* c, int k_count) {
     head_a.merge_spread(head_b.n, head_b.mean, head_b.m2);
     head_a.masked += head_b.masked;
     head_a.undefined = head_a.undefined || head_b.undefined;

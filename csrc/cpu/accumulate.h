@@ -271,7 +271,7 @@ template <class S> int64_t sum_block_length(int64_t k_count) {
 }
 
 template <class S, class T>
-void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
+FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
     using real = typename S::real;
     using vec = typename S::vec;
     const int64_t k_count = scratch.betas.count();

@@ -19,7 +19,7 @@
 namespace fastcalib::FASTCALIB_ISA {
 
 constexpr int64_t kCompareAll = 64;  // up to this many distinct thresholds, comparing with each beats searching
-constexpr int kCopies = 4;           // histogram copies: neighbouring elements often share a bin
+constexpr int kCopies = 2;           // histogram copies: neighbouring elements often share a bin
 
 template <class Real> struct RankPlan {
     std::vector<Real> bounds;      // distinct thresholds in ascending order, padded with +inf
@@ -295,7 +295,7 @@ int64_t keep_survivors(const T* x, int64_t n, typename S::real least, typename S
 
 // Counts and masses of one segment, added up from zero: parts of a row merge by addition in order.
 template <class S, class T>
-void rank_segment(const T* x, int64_t n, const RankPlan<typename S::real>& plan, RankScratch<S>& scratch, RankTotals& part) {
+FASTCALIB_ONE_BODY void rank_segment(const T* x, int64_t n, const RankPlan<typename S::real>& plan, RankScratch<S>& scratch, RankTotals& part) {
     using real = typename S::real;
     const int64_t m = plan.count, k_count = int64_t(plan.c.size());
     part.clear(m, k_count);
@@ -359,7 +359,7 @@ void rank_segment(const T* x, int64_t n, const RankPlan<typename S::real>& plan,
 }
 
 template <class S>
-void write_ranks(const RanksArgs& a, int64_t row, const RankPlan<typename S::real>& plan, const RankTotals& total) {
+FASTCALIB_ONE_BODY void write_ranks(const RanksArgs& a, int64_t row, const RankPlan<typename S::real>& plan, const RankTotals& total) {
     using real = typename S::real;
     const int64_t begin = a.selected.begin(row), m = a.selected.end(row) - begin, k_count = a.temperatures.count;
     real* mass = static_cast<real*>(a.mass_greater);

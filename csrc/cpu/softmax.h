@@ -13,7 +13,7 @@
 
 namespace fastcalib::FASTCALIB_ISA {
 
-template <class S, class T> void write_log(const T* x, T* out, int64_t n, double max, double b, double log_s0) {
+template <class S, class T> FASTCALIB_ONE_BODY void write_log(const T* x, T* out, int64_t n, double max, double b, double log_s0) {
     using real = typename S::real;
     const auto m = S::set(real(max)), beta = S::set(real(b)), shift = S::set(real(log_s0));
     int64_t i = 0;
@@ -44,7 +44,7 @@ void write_softmax(const SoftmaxArgs& a, int64_t row, int64_t start, int64_t end
     write_simple<S, T, false>(x + start, out + start, end - start, g);
 }
 
-template <class S> void write_logsumexp(const SoftmaxArgs& a, int64_t row, const Head& head, const Sums& sums) {
+template <class S> FASTCALIB_ONE_BODY void write_logsumexp(const SoftmaxArgs& a, int64_t row, const Head& head, const Sums& sums) {
     using real = typename S::real;
     static_cast<real*>(a.logsumexp)[row] = head.undefined    ? real(NAN)
                                            : head.argmax < 0 ? -real(INFINITY)
@@ -80,7 +80,7 @@ template <class T> void softmax(const SoftmaxArgs& a) {
 }
 
 // sum g p (softmax) or sum of g over unmasked tokens (log_softmax) of a segment.
-template <class S, class T> double dot_segment(const T* grad, const T* result, int64_t n, bool log) {
+template <class S, class T> FASTCALIB_ONE_BODY double dot_segment(const T* grad, const T* result, int64_t n, bool log) {
     using real = typename S::real;
     const auto masked = S::set(log ? -real(INFINITY) : real(0)), zero = S::set(0);
     double total = 0;
@@ -104,7 +104,7 @@ template <class S, class T> double dot_segment(const T* grad, const T* result, i
 }
 
 template <class S, class T>
-void write_softmax_gradient(const T* grad, const T* result, T* out, int64_t n, bool log, double b, double dot) {
+FASTCALIB_ONE_BODY void write_softmax_gradient(const T* grad, const T* result, T* out, int64_t n, bool log, double b, double dot) {
     using real = typename S::real;
     const auto beta = S::set(real(b)), total = S::set(real(dot)), log2e = S::set(real(kLog2e)),
                masked = S::set(-real(INFINITY));
@@ -125,7 +125,7 @@ void write_softmax_gradient(const T* grad, const T* result, T* out, int64_t n, b
 }
 
 // Gradient to the temperature of one segment, in double: asked for rarely, so it need not be fast.
-template <class T> double temperature_segment(const T* grad, const T* result, int64_t n, bool log, double b, double dot) {
+template <class T> FASTCALIB_ONE_BODY double temperature_segment(const T* grad, const T* result, int64_t n, bool log, double b, double dot) {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) {
         const double g = double(to_real(grad[i])), r = double(to_real(result[i]));

@@ -15,7 +15,7 @@ template <class Real> struct Fields {
 };
 
 template <class S, class T>
-void finish_row(const StatisticsArgs& a, int64_t row, const Head& head, const Sums* sums, const Betas& betas) {
+FASTCALIB_ONE_BODY void finish_row(const StatisticsArgs& a, int64_t row, const Head& head, const Sums* sums, const Betas& betas) {
     using real = typename S::real;
     const int64_t n_rows = a.logits.rows, k_count = betas.count(), stride = 3 + 2 * k_count;
     const Fields<real> rows{static_cast<real*>(a.rows), n_rows, k_count};

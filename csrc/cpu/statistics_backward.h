@@ -46,7 +46,7 @@ struct RowGradient {
 };
 
 template <class S, class T>
-void prepare_gradient(const StatisticsBackwardArgs& a, int64_t row, const Betas& betas, RowGradient& g) {
+FASTCALIB_ONE_BODY void prepare_gradient(const StatisticsBackwardArgs& a, int64_t row, const Betas& betas, RowGradient& g) {
     using real = typename S::real;
     const int64_t n_rows = a.logits.rows, k_count = betas.count();
     const Fields<const real> rows{static_cast<const real*>(a.rows), n_rows, k_count};
@@ -94,7 +94,8 @@ void prepare_gradient(const StatisticsBackwardArgs& a, int64_t row, const Betas&
         g.kind = saved[2] == 0 ? RowGradient::kZero : RowGradient::kNaN;
         return;
     }
-    g.kind = general ? RowGradient::kGeneral : RowGradient::kSimple;
+    // An upstream NaN or inf takes the general path, whose stores keep a NaN.
+    g.kind = general || !std::isfinite(g.terms[0].constant) ? RowGradient::kGeneral : RowGradient::kSimple;
     for (int64_t i = begin; i < end; ++i) {
         const int64_t id = a.selected.ids[i];
         if (id == a.selected.ignore_index) continue;
@@ -116,9 +117,9 @@ FC_INLINE void put(T* p, typename S::vec v) {
     else S::store(p, v);
 }
 
-// dz = constant p
+// dz = constant p. Finite, since p <= 1 and neither a row with a NaN nor an upstream NaN comes here.
 template <class S, class T, bool Stream>
-void write_simple(const T* x, T* out, int64_t n, const RowGradient& g) {
+FASTCALIB_ONE_BODY void write_simple(const T* x, T* out, int64_t n, const RowGradient& g) {
     using real = typename S::real;
     using vec = typename S::vec;
     const Polynomial& q = g.terms[0];
@@ -131,7 +132,11 @@ void write_simple(const T* x, T* out, int64_t n, const RowGradient& g) {
     for (; i + 4 * S::lanes <= n; i += 4 * S::lanes) {
         for (size_t byte = 0; byte < 4 * S::lanes * sizeof(T); byte += 64)
             prefetch(reinterpret_cast<const char*>(x + i) + 4096 + byte);
-        for (int u = 0; u < 4; ++u) put<S, T, Stream>(out + i + u * S::lanes, one(x + i + u * S::lanes));
+        for (int u = 0; u < 4; u += 2) {
+            const vec a = one(x + i + u * S::lanes), b = one(x + i + (u + 1) * S::lanes);
+            if constexpr (Stream) S::stream_pair(out + i + u * S::lanes, a, b);
+            else S::store_pair(out + i + u * S::lanes, a, b);
+        }
     }
     for (; i + S::lanes <= n; i += S::lanes) put<S, T, Stream>(out + i, one(x + i));
     if (i < n) {
@@ -144,7 +149,7 @@ void write_simple(const T* x, T* out, int64_t n, const RowGradient& g) {
 }
 
 template <class S, class T, bool Stream>
-void write_general(const T* x, T* out, int64_t n, const RowGradient& g, Scratch<S>& scratch) {
+FASTCALIB_ONE_BODY void write_general(const T* x, T* out, int64_t n, const RowGradient& g, Scratch<S>& scratch) {
     using real = typename S::real;
     using vec = typename S::vec;
     const vec m = S::set(real(g.max)), unit = S::set(real(g.unit)), slope = S::set(real(g.slope)),
@@ -188,14 +193,14 @@ void write_columns(const StatisticsBackwardArgs& a, int64_t row, int64_t start, 
         return;
     }
     // Streaming stores need whole, aligned vectors.
-    const bool stream = a.nontemporal && reinterpret_cast<uintptr_t>(out) % (S::lanes * sizeof(T)) == 0;
+    const bool stream = a.nontemporal && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     if (g.kind == RowGradient::kSimple)
         stream ? write_simple<S, T, true>(x, out, n, g) : write_simple<S, T, false>(x, out, n, g);
     else
         stream ? write_general<S, T, true>(x, out, n, g, scratch) : write_general<S, T, false>(x, out, n, g, scratch);
 }
 
-template <class S, class T> void write_extra(const StatisticsBackwardArgs& a, int64_t row, const RowGradient& g) {
+template <class S, class T> FASTCALIB_ONE_BODY void write_extra(const StatisticsBackwardArgs& a, int64_t row, const RowGradient& g) {
     T* out = a.out.row<T>(row);
     for (int64_t c = a.vocab; c < a.width; ++c) out[c] = from_real<T>(0.0);
     for (size_t i = 0; i < g.extra.size();) {
