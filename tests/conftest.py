@@ -45,7 +45,7 @@ def cpp_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """A fixed seed, and one thread: more give the same bits (test_determinism.py), and take longer over work this small."""
+    """A fixed seed, and one thread: more give the same bits (test_determinism.py) and take longer over small work."""
     torch.manual_seed(20260)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
