@@ -26,9 +26,9 @@ from .ops._arguments import normalise_temperature, row_layout
 from .ops._memory import empty_like_logits
 from .ops.statistics import backward_into
 
-# Bytes of logits per chunk. Measured at 256 x 128,256 float32 in place, 2 threads, 48 MB of last-level cache: 34 ms in chunks
-# of 8 MB, 22 of 32, 20 of 64, 18 in one. The autograd of one chunk's small tensors (some 0.6 ms) costs more than the
-# second read that a warm chunk saves, so chunks are few; a smaller chunk_size pays where memory is slow.
+# Bytes of logits per chunk. Measured at 256 x 128,256 float32 in place, 2 threads, 48 MB of last-level cache: 34 ms in
+# chunks of 8 MB, 22 of 32, 20 of 64, 18 in one. The autograd of one chunk's small tensors (some 0.6 ms) costs more than
+# the second read that a warm chunk saves, so chunks are few; a smaller chunk_size pays where memory is slow.
 CHUNK_BYTES = 256 << 20
 
 
