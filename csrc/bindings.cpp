@@ -18,7 +18,7 @@ void* ptr(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 int64_t statistics(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
                    int64_t vocab, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t ids,
-                   int64_t per_row, uintptr_t offsets, int64_t ignore_index, bool ranks, uintptr_t out_rows,
+                   int64_t per_row, uintptr_t offsets, int64_t ignore_index, bool ranks, bool moments, uintptr_t out_rows,
                    uintptr_t scalars, uintptr_t log_prob, uintptr_t argmax, uintptr_t n_greater, uintptr_t n_equal,
                    uintptr_t mass_greater, uintptr_t saved, int threads) {
     StatisticsArgs a;
@@ -27,6 +27,7 @@ int64_t statistics(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int
     a.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
     a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
     a.ranks = ranks;
+    a.moments = moments;
     a.rows = ptr(out_rows);
     a.scalars = ptr(scalars);
     a.log_prob = ptr(log_prob);

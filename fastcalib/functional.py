@@ -83,7 +83,7 @@ def cross_entropy(
             f"target must have shape {tuple(logits.shape[:-1])} (class indices) or {tuple(input.shape)} (floating "
             f"point: class probabilities) for an input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
-    stats = statistics(logits, target, ignore_index=ignore_index)
+    stats = statistics(logits, target, moments=bool(label_smoothing), ignore_index=ignore_index)
     assert stats.log_prob is not None
     kept = target != ignore_index
     loss = torch.where(kept, -stats.log_prob, 0.0)
@@ -159,7 +159,7 @@ def selective_log_softmax(
         if row_mask.shape != index.shape:
             raise ValueError(f"row_mask must have the index's shape {tuple(index.shape)}, got {tuple(row_mask.shape)}")
         index = torch.where(row_mask == 0, IGNORED, index.long())
-    log_prob = statistics(logits, index, temperature, ignore_index=IGNORED).log_prob
+    log_prob = statistics(logits, index, temperature, moments=False, ignore_index=IGNORED).log_prob
     assert log_prob is not None
     return log_prob
 

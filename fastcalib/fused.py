@@ -61,7 +61,8 @@ def fused_loss(
             ``loss_fn(stats: TokenStatistics, target, **token_args) -> loss``, all shaped (n,), that treats tokens one
             by one and is differentiable in the statistics. The values that it gives to ignored tokens do not matter. An
             attribute ``temperatures`` (K numbers) on a callable asks for statistics at these multiples of
-            ``temperature``, with a trailing axis of K.
+            ``temperature``, with a trailing axis of K; an attribute ``moments = False`` says that it reads none of what
+            :func:`fastcalib.statistics` leaves out then, which is faster.
         temperature, ignore_index, reduction, vocab_size, backend: None takes the module's setting, for another callable
             1.0, -100, "mean", None and "auto". As in :class:`fastcalib.losses.Options`; a callable may also have a
             sequence of K temperatures, which gives the trailing axis too.
@@ -124,9 +125,11 @@ def fused_loss(
     kept = (target != settings.ignore_index).reshape(-1)
     items = None if num_items_in_batch is None else number_of_items(num_items_in_batch, logits.device)
     temperatures, several = _temperatures(loss_fn, settings, own, logits)
+    ours = isinstance(loss_fn, TokenLoss)
+    moments = loss_fn.formula.moments_for(settings) if ours else getattr(loss_fn, "moments", True)
     job = _Job(
         loss_fn, settings, own, width, target.reshape(-1).to(torch.int64), kept,
-        {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several,
+        {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several, moments,
         chunk_size or max(1, CHUNK_BYTES // (logits.shape[-1] * logits.element_size())),
     )  # fmt: skip
     if differentiate:
@@ -231,6 +234,7 @@ class _Job:
     items: int | float | Tensor | None
     temperatures: Tensor  # (1 or N, K), float64
     several: bool  # whether statistics carry the axis of K
+    moments: bool  # whether the loss reads more than log-probabilities, maximum and normaliser
     chunk_size: int
 
     def run(self, logits: Tensor, gradient: Tensor | None) -> Tensor:
@@ -309,7 +313,7 @@ def _eager_chunk(
     factors = _factors(job.loss_fn, settings, job.own)
     with torch.set_grad_enabled(out is not None):
         stats = read(
-            leaf, job.target[part], job.temperature(part), factors, ignore_index=settings.ignore_index,
+            leaf, job.target[part], job.temperature(part), factors, moments=job.moments, ignore_index=settings.ignore_index,
             vocab_size=settings.vocab_size, backend="eager",
         )  # fmt: skip
         loss = job.per_token(stats, part)
@@ -331,30 +335,47 @@ def _kernel_chunk(
     target, width, ignore = job.target[part], job.width, job.settings.ignore_index
     temperature = job.temperatures if job.temperatures.shape[0] == 1 else job.temperatures[part]
     packed, scalars, log_prob, argmax, _, _, _, saved = torch.ops.fastcalib.statistics(
-        rows, temperature, target, 1, None, width, ignore, False
+        rows, temperature, target, 1, None, width, ignore, False, job.moments
     )
-    small = (packed, scalars, log_prob)
+    per_row, selected = packed if job.several else packed.squeeze(-1), log_prob if job.several else log_prob.squeeze(-1)
+    # Each number is a leaf of its own: a view of a packed tensor would cost autograd more than the number is worth.
+    fields = [*per_row.unbind(0), *scalars.unbind(0), selected]
+    read = range(len(fields)) if job.moments else _WITHOUT_MOMENTS
+    leaves = [fields[i] for i in read]
+    if out is not None:
+        for leaf in leaves:
+            leaf.requires_grad_()
+    known = [field if i in read else None for i, field in enumerate(fields)]
+    stats = TokenStatistics._make((*known[:6], argmax, *known[6:8], saved[:, 0], selected, None, None, None))
     with torch.set_grad_enabled(out is not None):
-        for t in small:
-            t.requires_grad_(out is not None)
-        fields, selected = packed, log_prob
-        if not job.several:
-            fields, selected = packed.squeeze(-1), log_prob.squeeze(-1)
-        per_row = (*fields.unbind(0), argmax, *scalars.unbind(0), saved[:, 0], selected, None, None, None)
-        stats = TokenStatistics._make(per_row)
         loss = job.per_token(stats, part)
     if out is not None and scale is not None:
-        if loss.requires_grad:
-            upstream: Any = torch.autograd.grad(
-                loss, small, scale.to(loss.dtype).expand(loss.shape), materialize_grads=True, allow_unused=True
-            )
-        else:  # a constant loss
-            upstream = tuple(torch.zeros_like(t) for t in small)
+        upstream: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if loss.requires_grad:  # not a constant
+            upstream = torch.autograd.grad(loss, leaves, scale.to(loss.dtype).expand(loss.shape), allow_unused=True)
+        grads: list[Tensor | None] = [None] * len(fields)
+        for i, gradient in zip(read, upstream):
+            grads[i] = gradient
         backward_into(
-            out, upstream[0], upstream[1], upstream[2], rows, temperature, target, 1, None,
-            packed.detach(), scalars.detach(), saved, width, ignore,
+            out, _pack(grads[:6], packed), _pack(grads[6:8], scalars), _pack(grads[8:], log_prob[None])[0], rows,
+            temperature, target, 1, None, packed, scalars, saved, width, ignore,
         )  # fmt: skip
     return loss.detach(), selected.detach()
+
+
+# logsumexp, max_prob and log_prob among the fields of a chunk.
+_WITHOUT_MOMENTS = (0, 2, 8)
+
+
+def _pack(gradients: list[Tensor | None], like: Tensor) -> Tensor:
+    """Gradients of the fields of a packed tensor, side by side as it is; None is 0."""
+    if len(gradients) == 1 and gradients[0] is not None:
+        return gradients[0].reshape(like.shape)
+    out = torch.zeros_like(like)
+    for field, gradient in zip(out, gradients):
+        if gradient is not None:
+            field.copy_(gradient.reshape(field.shape))
+    return out
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -1,8 +1,10 @@
 // One read of a segment of a row -> its Head and the Sums of K temperatures (see row_state.h for the symbols).
 //
-// Block by block: a first pass over up to 2,048 columns (from memory) finds the maximum; a second pass (from the first-level
-// cache) sums exponentials against the running maximum, and the spread of the logits. Each block's sums are added to
-// second-level accumulators, so no float32 sum is longer than a few hundred terms.
+// Block by block. One temperature, the common case, takes one pass: exponentials are summed against the maximum of the
+// blocks before, and the block's own maximum is found on the way; the sums move to it afterwards. Only a block that rises
+// far above all before it is summed again. Several temperatures, last blocks and float64 take two: a first pass over up to
+// 2,048 columns (from memory) finds the maximum, a second (from the first-level cache) sums. Each block's sums are added
+// to second-level accumulators, so no float32 sum is longer than a few hundred terms.
 #pragma once
 #include <vector>
 
@@ -105,7 +107,53 @@ template <class S> struct Scratch {
     std::vector<Lanes<S>> sums;  // of the segment so far, one per temperature
     std::vector<Sums> segment, row;
     Betas betas;
+    bool moments = true;  // false: s0 alone is wanted (no entropy, variance, collision, nor the spread of the logits)
 };
+
+constexpr double kFarAbove = 30.0;  // a block this many powers of two above the running maximum is summed again
+
+template <class S, class T> FC_INLINE typename S::real max_of(const T* x, int64_t n) {
+    typename S::vec top = S::set(-typename S::real(INFINITY));
+    for (int64_t i = 0; i < n; i += S::lanes) top = S::max(S::load(x + i), top);
+    return S::reduce_max(top);
+}
+
+// One temperature, one pass: sums and spread of n logits (a multiple of 2 vectors) relative to `max`; returns their own
+// maximum. Without moments only s0 is summed; then a NaN among the logits makes s0 or the spread's sum a NaN.
+template <class S, bool Moments, class T>
+FASTCALIB_ONE_BODY typename S::real sum_once(const T* x, int64_t n, typename S::real max, double c, Lanes<S>& sums, Spread<S>& spread) {
+    using real = typename S::real;
+    using vec = typename S::vec;
+    const vec m = S::set(max), scale = S::set(real(c)), least = S::set(S::lowest_exponent);
+    Lanes<S> lanes[2];
+    Spread<S> wide[2] = {Spread<S>(spread.center), Spread<S>(spread.center)};
+    vec top[2] = {S::set(-real(INFINITY)), S::set(-real(INFINITY))};
+    for (auto& l : lanes) l.clear();
+    for (int64_t i = 0; i < n; i += 2 * S::lanes) {
+        for (size_t byte = 0; byte < 2 * S::lanes * sizeof(T); byte += 64)
+            prefetch(reinterpret_cast<const char*>(x + i) + 4096 + byte);
+        vec pair[2];
+        S::load_any_order(x + i, pair[0], pair[1]);
+        for (int u = 0; u < 2; ++u) {
+            const vec z = pair[u], t = (z - m) * scale;
+            top[u] = S::max(z, top[u]);
+            // The clamp turns -inf into a negligible 2^-126. A NaN does not get through it where the spread tells of it.
+            if constexpr (Moments) {
+                const vec clamped = S::max(t, least);
+                wide[u].add(z);
+                lanes[u].add(S::exp2(clamped), clamped);
+            } else {
+                lanes[u].s0 = lanes[u].s0 + S::exp2(S::max(least, t));
+                if constexpr (!S::exp2_passes_nan) wide[u].sum = wide[u].sum + t;
+            }
+        }
+    }
+    sums = lanes[0];
+    sums.add(lanes[1]);
+    spread.sum = wide[0].sum + wide[1].sum;
+    spread.square = wide[0].square + wide[1].square;
+    return S::reduce_max(S::max(top[0], top[1]));
+}
 
 // Sums of G neighbouring temperatures over a block of n values, a multiple of the vector length.
 template <class S, int G, bool WithSpread>
@@ -245,6 +293,12 @@ template <class T> __attribute__((noinline)) void careful_spread(const T* x, int
     head.m2 = m2;
 }
 
+template <class T> bool any_nan(const T* x, int64_t n) {
+    int found = 0;
+    for (int64_t i = 0; i < n; ++i) found |= int(to_real(x[i]) != to_real(x[i]));
+    return found != 0;
+}
+
 // Mean of the finite ones among the first few logits.
 template <class T> auto near_mean(const T* x, int64_t n) {
     double sum = 0;
@@ -270,7 +324,7 @@ template <class S> int64_t sum_block_length(int64_t k_count) {
     return S::lanes == 1 ? kBlock : 64 * S::lanes * (k_count == 1 ? S::chains : 1);
 }
 
-template <class S, class T>
+template <class S, bool Moments, class T>
 FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
     using real = typename S::real;
     using vec = typename S::vec;
@@ -283,9 +337,52 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
     const real center = near_mean(x, std::min<int64_t>(n, 64));
     double sum = 0, square = 0;  // of z - center
     bool spread_known = true;
+    const auto raise = [&](real to, int64_t start) {
+        if (argmax >= 0)
+            for (int64_t k = 0; k < k_count; ++k)
+                scratch.sums[k].shift(scratch.betas.c[k] * (double(max) - double(to)));
+        max = to;
+        argmax = start;  // of its block; the place within it is looked up once, at the end
+    };
+    const auto nothing_in = [&](const T* from, int64_t length) {  // all -inf, or NaN, so far
+        spread_known = false;
+        head.undefined = head.undefined || any_nan(from, length);
+    };
 
     const int64_t block = sum_block_length<S>(k_count);
-    for (int64_t start = 0; start < n; start += block) {
+    int64_t start = 0;
+    if constexpr (S::lanes > 1) {
+        const double c = scratch.betas.c[0];
+        for (; k_count == 1 && start + block <= n; start += block) {
+            const T* from = x + start;
+            if (argmax < 0) {
+                const real first = max_of<S>(from, block);
+                if (first == -real(INFINITY)) {
+                    nothing_in(from, block);
+                    continue;
+                }
+                raise(first, start);
+            }
+            Lanes<S> sums;
+            Spread<S> spread(S::set(center));
+            real block_max = sum_once<S, Moments>(from, block, max, c, sums, spread);
+            if (block_max > max && c * (double(block_max) - double(max)) > kFarAbove && block_max < real(INFINITY)) {
+                raise(block_max, start);
+                block_max = sum_once<S, Moments>(from, block, max, c, sums, spread);
+            }
+            if (block_max == real(INFINITY)) {
+                head.undefined = true;
+                return;
+            }
+            scratch.sums[0].add(sums);
+            if (block_max > max) raise(block_max, start);
+            const double block_sum = S::reduce_add(spread.sum);
+            if (!Moments && std::isnan(block_sum)) head.undefined = true;
+            sum += block_sum;
+            square += S::reduce_add(spread.square);
+        }
+    }
+    for (; start < n; start += block) {
         const int64_t length = std::min(block, n - start), whole = length / S::lanes * S::lanes;
         const T* from = x + start;
         // float32 is read in place; 16-bit logits are widened once, as is a last block that needs padding.
@@ -318,16 +415,14 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
                 head.undefined = true;
                 return;
             }
-            if (argmax >= 0)
-                for (int64_t k = 0; k < k_count; ++k)
-                    scratch.sums[k].shift(scratch.betas.c[k] * (double(max) - double(block_max)));
-            max = block_max;
-            argmax = start;  // of its block; the place within it is looked up once, at the end
+            raise(block_max, start);
         }
         if (argmax < 0) {
-            spread_known = false;
+            nothing_in(from, length);
             continue;
         }
+        // Sums of several temperatures do not see a NaN, and the spread may become one by overflow.
+        if (!Moments && any_nan(from, length)) head.undefined = true;
         Ahead ahead{reinterpret_cast<const char*>(from + length), int64_t(S::lanes * sizeof(T))};
         Spread<S> spread(S::set(center));
         sum_temperatures<S, true>(scratch, values, whole, max, ahead, spread);
@@ -347,6 +442,11 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
     if (argmax >= 0) argmax = first_not_less<S>(x, argmax, n, max);
     head.max = argmax >= 0 ? double(max) : -HUGE_VAL;
     head.argmax = argmax;
+    if constexpr (!Moments) {
+        head.undefined = head.undefined || !std::isfinite(out[0].s0);
+        head.n = n;
+        return;
+    }
     if (spread_known && std::isfinite(sum) && std::isfinite(square)) {
         head.n = n;
         head.mean = double(center) + sum / double(n);
@@ -354,6 +454,11 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
     } else {
         careful_spread(x, n, head);
     }
+}
+
+template <class S, class T> void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
+    scratch.moments ? accumulate_segment<S, true>(x, n, scratch, head, out)
+                    : accumulate_segment<S, false>(x, n, scratch, head, out);
 }
 
 // A whole row: its segments in order.

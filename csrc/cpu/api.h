@@ -47,7 +47,7 @@ struct StatisticsArgs {
     int64_t vocab = 0;
     Temperatures temperatures;
     Selection selected;
-    bool ranks = false;
+    bool ranks = false, moments = true;  // moments: false leaves entropy, collision, mean, variance, sum and spread at 0
     void *rows = nullptr, *scalars = nullptr, *log_prob = nullptr;  // (6, N, K), (2, N), (nnz, K)
     int64_t *argmax = nullptr, *n_greater = nullptr, *n_equal = nullptr;
     void *mass_greater = nullptr, *saved = nullptr;  // (nnz, K), (N, 3 + 2K): max, mean - max, n; log s0 and s1/s0 each
@@ -94,6 +94,7 @@ struct Kernels {
     const char* name;
     int64_t (*statistics)(const StatisticsArgs&);
     void (*statistics_backward)(const StatisticsBackwardArgs&);
+    int64_t (*statistics_with_gradient)(const StatisticsArgs&, const StatisticsBackwardArgs&);
     int64_t (*ranks)(const RanksArgs&);
     void (*softmax)(const SoftmaxArgs&);
     void (*softmax_backward)(const SoftmaxArgs&);

@@ -26,6 +26,9 @@ const Kernels kernels = {
     [](const StatisticsBackwardArgs& a) {
         by_dtype(a.logits.dtype, [&](auto t) { statistics_backward<decltype(t)>(a); });
     },
+    [](const StatisticsArgs& f, const StatisticsBackwardArgs& a) {
+        return by_dtype(f.logits.dtype, [&](auto t) { return statistics_with_gradient<decltype(t)>(f, a); });
+    },
     [](const RanksArgs& a) { return by_dtype(a.logits.dtype, [&](auto t) { return ranks<decltype(t)>(a); }); },
     [](const SoftmaxArgs& a) { by_dtype(a.logits.dtype, [&](auto t) { softmax<decltype(t)>(a); }); },
     [](const SoftmaxArgs& a) { by_dtype(a.logits.dtype, [&](auto t) { softmax_backward<decltype(t)>(a); }); },

@@ -419,6 +419,7 @@ template <class T> int64_t ranks(const RanksArgs& a) {
     FirstBad bad;
     std::vector<RankScratch<S>> scratch(threads);
     std::vector<Scratch<S>> sums(masses ? threads : 0);
+    for (auto& own : sums) own.moments = false;
     if (!split_rows(n_rows, a.vocab, threads)) {
         const Betas none;
         parallel_for(n_rows, threads, rows_per_run(n_rows, a.vocab, threads), [&](int64_t row, int thread) {

@@ -96,6 +96,7 @@ template <class T> int64_t statistics(const StatisticsArgs& a) {
     const int threads = int(std::clamp<int64_t>(a.threads, 1, 1024));
     std::vector<Scratch<S>> scratch(threads);
     std::vector<RankScratch<S>> rank_scratch(a.ranks ? threads : 0);
+    for (auto& own : scratch) own.moments = a.moments;
 
     if (!split_rows(n_rows, a.vocab, threads)) {
         parallel_for(n_rows, threads, rows_per_run(n_rows, a.vocab, threads), [&](int64_t row, int thread) {

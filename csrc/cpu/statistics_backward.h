@@ -244,4 +244,42 @@ template <class T> void statistics_backward(const StatisticsBackwardArgs& a) {
     for (int64_t row = 0; row < n_rows; ++row) write_extra<S, T>(a, row, gradient[row]);
 }
 
+// Forward and backward in one go, for upstream gradients that are known beforehand: each row's gradient is written while
+// the row is still in the cache. The same bits as one after the other.
+template <class T> int64_t statistics_with_gradient(const StatisticsArgs& f, const StatisticsBackwardArgs& a) {
+    using S = typename SimdOf<T>::type;
+    const int64_t n_rows = f.logits.rows;
+    const int threads = int(std::clamp<int64_t>(f.threads, 1, 1024));
+    FirstBad bad;
+    for (int64_t row = 0; row < n_rows; ++row)  // all of them first: nothing may have been overwritten when an id is bad
+        if (!check_ids(f.selected, row, f.vocab, bad)) return bad.position();
+    if (split_rows(n_rows, f.vocab, threads)) {
+        statistics<T>(f);
+        statistics_backward<T>(a);
+        return -1;
+    }
+    std::vector<Scratch<S>> scratch(threads);
+    for (auto& own : scratch) own.moments = f.moments;
+    std::vector<RowGradient> gradient(threads);
+    parallel_for(n_rows, threads, rows_per_run(n_rows, f.vocab, threads), [&](int64_t row, int thread) {
+        Scratch<S>& own = scratch[thread];
+        own.betas.set(f.temperatures.row(row), f.temperatures.count);
+        if (f.selected.skips(row)) {
+            skip_row<S>(f, row);
+        } else {
+            Head head;
+            {
+                const FlushDenormals flush;
+                accumulate_row<S>(f.logits.row<const T>(row), f.vocab, own, head, own.row);
+            }
+            finish_row<S, T>(f, row, head, own.row.data(), own.betas);
+        }
+        prepare_gradient<S, T>(a, row, own.betas, gradient[thread]);
+        const FlushDenormals flush;
+        write_columns<S, T>(a, row, 0, a.vocab, gradient[thread], own);
+        write_extra<S, T>(a, row, gradient[thread]);
+    });
+    return -1;
+}
+
 }  // namespace fastcalib::FASTCALIB_ISA

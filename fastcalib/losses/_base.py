@@ -32,6 +32,7 @@ class Formula:
             a trailing axis in that order. None: one temperature, no axis.
         prepare: (target, own numbers, token arguments) -> token arguments, with defaults filled in.
         token_arguments: names of the tensors that the formula takes beside the target.
+        moments: whether the formula reads more than log-probabilities, maximum and normaliser.
     """
 
     name: str
@@ -40,11 +41,16 @@ class Formula:
     factors: Callable[..., tuple[float, ...]] | None = None
     prepare: Callable[..., dict[str, Tensor]] | None = None
     token_arguments: tuple[str, ...] = ()
+    moments: bool = False
 
     def check(self, own: Mapping[str, Any]) -> None:
         """Raise for an own number outside its interval."""
         for argument, interval in self.limits.items():
             check_number(argument, own[argument], interval, self.name)
+
+    def moments_for(self, settings: Settings) -> bool:
+        """Whether the formula or a regulariser reads the moments of the statistics."""
+        return self.moments or bool(settings.label_smoothing or settings.entropy_bonus)
 
     def factors_for(self, own: Mapping[str, Any], settings: Settings) -> tuple[float, ...] | None:
         """Temperatures to read. The base one comes first where a regulariser needs it and the formula does not."""
@@ -56,7 +62,8 @@ class Formula:
 
 def column(stats: TokenStatistics, k: int) -> TokenStatistics:
     """The statistics at temperature k of several."""
-    return stats._replace(**{name: getattr(stats, name)[..., k] for name in PER_TEMPERATURE})
+    present = {name: getattr(stats, name) for name in PER_TEMPERATURE}
+    return stats._replace(**{name: value[..., k] for name, value in present.items() if value is not None})
 
 
 def read(
@@ -65,6 +72,7 @@ def read(
     temperature: float | Tensor,
     factors: Sequence[float] | None,
     *,
+    moments: bool,
     ignore_index: int,
     vocab_size: int | None,
     backend: str,
@@ -72,7 +80,9 @@ def read(
     """Statistics at ``temperature``, or at its multiples by ``factors`` with a trailing axis."""
 
     def at(t: float | Tensor | list[float]) -> TokenStatistics:
-        return statistics(logits, target, t, ignore_index=ignore_index, vocab_size=vocab_size, backend=backend)
+        return statistics(
+            logits, target, t, moments=moments, ignore_index=ignore_index, vocab_size=vocab_size, backend=backend
+        )
 
     if factors is None:
         return at(temperature)
@@ -80,7 +90,8 @@ def read(
         return at([temperature * f for f in factors])
     # Per-row temperatures leave no axis for a second one: a read for each factor.
     each = [at(temperature * f) for f in factors]
-    return each[0]._replace(**{name: torch.stack([getattr(s, name) for s in each], -1) for name in PER_TEMPERATURE})
+    present = [name for name in PER_TEMPERATURE if getattr(each[0], name) is not None]
+    return each[0]._replace(**{name: torch.stack([getattr(s, name) for s in each], -1) for name in present})
 
 
 def per_token_loss(
@@ -190,7 +201,7 @@ def compute(
     width = check_target(formula.name, logits, target, settings.vocab_size)
     tensors = token_tensors(formula, own, target, token_arguments)
     stats = read(
-        logits, target, settings.temperature, formula.factors_for(own, settings),
+        logits, target, settings.temperature, formula.factors_for(own, settings), moments=formula.moments_for(settings),
         ignore_index=settings.ignore_index, vocab_size=settings.vocab_size, backend=settings.backend,
     )  # fmt: skip
     per_token = per_token_loss(

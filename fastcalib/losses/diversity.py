@@ -30,7 +30,7 @@ def _tofu(stats: TokenStatistics, target: Tensor, *, gamma: float, beta: float) 
     return weighted_nll(beta * focal_coefficient(log_p(p).detach(), gamma), log_p(q))
 
 
-GEM = Formula("gem", _gem, {"beta": "(0, inf)"}, factors=lambda beta: (beta,))
+GEM = Formula("gem", _gem, {"beta": "(0, inf)"}, factors=lambda beta: (beta,), moments=True)
 TOFU = Formula("tofu", _tofu, {"gamma": "[0, inf)", "beta": "(0, inf)"}, factors=lambda gamma, beta: (1.0, beta))
 
 

@@ -29,9 +29,12 @@ MAX_RANKED = 16
 # Order of the first axis of the packed results, the same in csrc/cpu/statistics.h.
 ROW_FIELDS = ("logsumexp", "entropy", "max_prob", "collision", "mean_logit", "var_logit")
 
+# What moments=False leaves out.
+MOMENTS = ("entropy", "collision", "mean_logit", "var_logit", "sum_logits", "std_logits")
+
 LIBRARY.define(
     "statistics(Tensor logits, Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, SymInt vocab_size, "
-    "int ignore_index, bool ranks) -> (Tensor rows, Tensor scalars, Tensor log_prob, Tensor argmax, Tensor n_greater, "
+    "int ignore_index, bool ranks, bool moments=True) -> (Tensor rows, Tensor scalars, Tensor log_prob, Tensor argmax, Tensor n_greater, "
     "Tensor n_equal, Tensor mass_greater, Tensor saved)"
 )
 LIBRARY.define(
@@ -77,6 +80,7 @@ def _forward_cpu(
     vocab_size: int,
     ignore_index: int,
     ranks: bool,
+    moments: bool = True,
 ) -> tuple[Tensor, ...]:
     layout = row_layout(logits)
     out = _allocate(logits, temperature, index, ranks)
@@ -92,6 +96,7 @@ def _forward_cpu(
         _pointer(offsets),
         ignore_index,
         ranks,
+        moments,
         *(t.data_ptr() for t in out),
         torch.get_num_threads(),
     )
@@ -110,6 +115,7 @@ def _forward_fake(
     vocab_size: int,
     ignore_index: int,
     ranks: bool,
+    moments: bool = True,
 ) -> tuple[Tensor, ...]:
     return _allocate(logits, temperature, index, ranks)
 
@@ -193,7 +199,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
-    logits, temperature, index, per_row, offsets, vocab_size, ignore_index, _ = inputs
+    logits, temperature, index, per_row, offsets, vocab_size, ignore_index, *_ = inputs
     rows, scalars, log_prob, _, _, _, _mass_greater, saved = output
     ctx.mark_non_differentiable(*output[3:])  # type: ignore[attr-defined]
     ctx.save_for_backward(logits, temperature, index, offsets, rows, scalars, log_prob, saved)  # type: ignore[attr-defined]
@@ -215,7 +221,7 @@ def _autograd(ctx: object, grad_rows: Tensor, grad_scalars: Tensor, grad_log_pro
         grad_temperature = _temperature_gradient(
             grad_rows, grad_log_prob, logits, temperature, ids, rows, log_prob, saved, vocab_size, ignore_index
         )
-    return grad_logits, grad_temperature, None, None, None, None, None, None
+    return grad_logits, grad_temperature, None, None, None, None, None, None, None
 
 
 def _temperature_gradient(
@@ -289,6 +295,7 @@ def statistics(
     temperature: Temperature = 1.0,
     *,
     ranks: bool = False,
+    moments: bool = True,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
@@ -307,6 +314,8 @@ def statistics(
             tensor that broadcasts to the leading dimensions, one temperature a row. Tensors are differentiable.
         ranks: also count ``n_greater``, ``n_equal`` and ``mass_greater`` of the selected tokens, up to 16 a row, in the
             same read. Larger sets go through :func:`fastcalib.ranks`.
+        moments: False leaves out (None) entropy, collision, mean_logit, var_logit, sum_logits and std_logits: about half
+            the arithmetic, for losses that see only log-probabilities.
         vocab_size: columns from here on are padding and take no part in anything; their gradient is 0.
         ignore_index: an id that stands for "no token".
         backend: "auto", "eager" or "cpp".
@@ -339,13 +348,14 @@ def statistics(
     axis = (temperatures.shape[1],) if has_axis else ()
     selected = () if ids is None else ids.shape
     if resolve(backend, logits.device) == "eager":
-        return _shape_eager(_eager(logits, temperatures, ids, width, ignore_index, ranks), leading, selected, axis)
+        every = _shape_eager(_eager(logits, temperatures, ids, width, ignore_index, ranks), leading, selected, axis)
+        return every if moments else _without_moments(every)
     rows, scalars, log_prob, argmax, n_greater, n_equal, mass, saved = torch.ops.fastcalib.statistics(
         logits, temperatures, None if ids is None else ids.ids, 0 if ids is None else ids.per_row,
-        None if ids is None else ids.offsets, width, ignore_index, ranks,
+        None if ids is None else ids.offsets, width, ignore_index, ranks, moments or temperatures.requires_grad,
     )  # fmt: skip
     # One view of the packed result, then one unbind: views cost more than the kernel where rows are short.
-    return TokenStatistics._make(
+    every = TokenStatistics._make(
         (
             *rows.reshape(len(ROW_FIELDS), *leading, *axis).unbind(0),
             argmax.reshape(leading),
@@ -357,6 +367,11 @@ def statistics(
             mass.reshape((*selected, *axis)) if ranks else None,
         )
     )
+    return every if moments else _without_moments(every)
+
+
+def _without_moments(stats: TokenStatistics) -> TokenStatistics:
+    return stats._replace(**dict.fromkeys(MOMENTS))
 
 
 def _check_ranked(ids: Index | None) -> None:

@@ -30,7 +30,8 @@ class TokenStatistics(NamedTuple):
         n_equal: int64, number of *other* tokens with the same logit; None unless ``ranks=True``.
         mass_greater: probability of the tokens counted by ``n_greater``, plus [K]; None unless ``ranks=True``.
 
-    A row that has no softmax (all -inf, or any NaN or +inf) has NaN statistics.
+    A row that has no softmax (all -inf, or any NaN or +inf) has NaN statistics. With ``moments=False`` entropy,
+    collision, mean_logit, var_logit, sum_logits and std_logits are None.
     """
 
     logsumexp: Tensor
