@@ -13,8 +13,7 @@ from fastcalib import TokenStatistics, fused, losses
 from fastcalib.fused import fused_loss
 
 from .cases import LAYOUTS, random_logits
-from .losses import CASES, Case, case_id, split
-from .test_losses import TARGET, N, V, every_loss, sharp_logits
+from .losses import CASES, TARGET, Case, N, V, case_id, every_loss, sharp_logits, split
 
 
 def with_ignored() -> Tensor:
