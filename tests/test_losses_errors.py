@@ -12,7 +12,7 @@ import torch
 import fastcalib
 from fastcalib import losses
 
-from .losses import TARGET, N, sharp_logits
+from .losses import TARGET, N, V, sharp_logits
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,10 @@ def test_bad_targets_are_refused_in_words() -> None:
         losses.nll(sharp_logits(), TARGET > 3)
     with pytest.raises(ValueError, match=r"leading dimensions \(8,\) of logits \(8, 33\), got \(8, 1\)"):
         losses.nll(sharp_logits(), TARGET[:, None])
-    with pytest.raises(ValueError, match=r"\[3\] is 33, outside \[0, 33\)"):
+    with pytest.raises(ValueError, match=r"^target\[3\] is 33, outside \[0, 33\)"):
         losses.nll(sharp_logits(), torch.tensor([0, 1, 2, 33, 4, 5, 6, 7]))
+    with pytest.raises(ValueError, match=r"^target\[1, 3\] is -1, outside .* must equal ignore_index=-100$"):
+        losses.gem(sharp_logits().view(2, 4, V), torch.tensor([[0, 1, 2, 3], [4, 5, -100, -1]]))
 
 
 def test_modules_refuse_bad_arguments_when_they_are_made() -> None:
