@@ -16,16 +16,25 @@ namespace {
 template <class T> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
 void* ptr(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+// What every operation takes, as fastcalib/ops/ passes it: a matrix as RowLayout.args() lists it.
+Matrix matrix(uintptr_t data, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride) {
+    return {ptr(data), dtype, rows, inner, outer_stride, inner_stride};
+}
+Temperatures temperatures(uintptr_t data, int64_t rows, int64_t count) { return {ptr<const double>(data), rows, count}; }
+Selection selection(uintptr_t ids, int64_t per_row, uintptr_t offsets, int64_t ignore_index) {
+    return {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
+}
+
 int64_t statistics(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
                    int64_t vocab, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t ids,
                    int64_t per_row, uintptr_t offsets, int64_t ignore_index, bool ranks, bool moments, uintptr_t out_rows,
                    uintptr_t scalars, uintptr_t log_prob, uintptr_t argmax, uintptr_t n_greater, uintptr_t n_equal,
                    uintptr_t mass_greater, uintptr_t saved, int threads) {
     StatisticsArgs a;
-    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
     a.vocab = vocab;
-    a.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
-    a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
+    a.temperatures = temperatures(temperature, temperature_rows, temperature_count);
+    a.selected = selection(ids, per_row, offsets, ignore_index);
     a.ranks = ranks;
     a.moments = moments;
     a.rows = ptr(out_rows);
@@ -48,18 +57,18 @@ void statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t inne
                          int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride, bool nontemporal,
                          int threads) {
     StatisticsBackwardArgs a;
-    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
     a.vocab = vocab;
     a.width = width;
-    a.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
-    a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
+    a.temperatures = temperatures(temperature, temperature_rows, temperature_count);
+    a.selected = selection(ids, per_row, offsets, ignore_index);
     a.rows = ptr(out_rows);
     a.scalars = ptr(scalars);
     a.saved = ptr(saved);
     a.grad_rows = ptr(grad_rows);
     a.grad_scalars = ptr(grad_scalars);
     a.grad_log_prob = ptr(grad_log_prob);
-    a.out = {ptr(out), dtype, rows, to_inner, to_outer_stride, to_inner_stride};
+    a.out = matrix(out, dtype, rows, to_inner, to_outer_stride, to_inner_stride);
     a.nontemporal = nontemporal;
     a.threads = threads;
     kernels().statistics_backward(a);
@@ -70,11 +79,11 @@ int64_t ranks(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t 
               uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t n_greater,
               uintptr_t n_equal, uintptr_t mass_greater, int threads) {
     RanksArgs a;
-    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
     a.vocab = vocab;
-    a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
+    a.selected = selection(ids, per_row, offsets, ignore_index);
     a.thresholds = ptr(thresholds);
-    a.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
+    a.temperatures = temperatures(temperature, temperature_rows, temperature_count);
     a.n_greater = ptr<int64_t>(n_greater);
     a.n_equal = ptr<int64_t>(n_equal);
     a.mass_greater = ptr(mass_greater);
@@ -86,10 +95,10 @@ void softmax_forward(uintptr_t logits, int dtype, int64_t rows, int64_t inner, i
                      int64_t vocab, int64_t width, uintptr_t temperature, int64_t temperature_rows, uintptr_t out,
                      uintptr_t logsumexp, bool log, int threads) {
     SoftmaxArgs a;
-    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
     a.vocab = vocab;
     a.width = width;
-    a.temperatures = {ptr<const double>(temperature), temperature_rows, 1};
+    a.temperatures = temperatures(temperature, temperature_rows, 1);
     a.out = ptr(out);
     a.logsumexp = ptr(logsumexp);
     a.log = log;
@@ -101,10 +110,10 @@ void softmax_backward(uintptr_t grad, int dtype, int64_t rows, int64_t inner, in
                       int64_t vocab, int64_t width, uintptr_t result, uintptr_t logsumexp, uintptr_t temperature,
                       int64_t temperature_rows, uintptr_t out, uintptr_t grad_temperature, bool log, int threads) {
     SoftmaxArgs a;
-    a.logits = {ptr(grad), dtype, rows, inner, outer_stride, inner_stride};
+    a.logits = matrix(grad, dtype, rows, inner, outer_stride, inner_stride);
     a.vocab = vocab;
     a.width = width;
-    a.temperatures = {ptr<const double>(temperature), temperature_rows, 1};
+    a.temperatures = temperatures(temperature, temperature_rows, 1);
     a.out = ptr(out);
     a.saved = ptr(result);
     a.logsumexp = ptr(logsumexp);

@@ -10,7 +10,7 @@ from torch.overrides import has_torch_function
 from .losses._base import INTEGERS, reduce_loss
 from .losses._options import check_reduction
 from .ops import statistics
-from .ops._arguments import FLOATING
+from .ops._arguments import FLOATING, BadTokenId, raise_bad_target
 
 IGNORED = -100
 
@@ -83,7 +83,10 @@ def cross_entropy(
             f"target must have shape {tuple(logits.shape[:-1])} (class indices) or {tuple(input.shape)} (floating "
             f"point: class probabilities) for an input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
-    stats = statistics(logits, target, moments=bool(label_smoothing), ignore_index=ignore_index)
+    try:
+        stats = statistics(logits, target, moments=bool(label_smoothing), ignore_index=ignore_index)
+    except BadTokenId:
+        raise_bad_target(target, logits.shape[-1], ignore_index)
     assert stats.log_prob is not None
     kept = target != ignore_index
     loss = torch.where(kept, -stats.log_prob, 0.0)

@@ -22,7 +22,7 @@ from .losses._base import (
     token_tensors,
 )
 from .ops import TokenStatistics
-from .ops._arguments import normalise_temperature, row_layout
+from .ops._arguments import BadTokenId, normalise_temperature, raise_bad_target, row_layout
 from .ops._memory import empty_like_logits
 from .ops.statistics import backward_into
 
@@ -132,9 +132,10 @@ def fused_loss(
         {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several, moments,
         chunk_size or max(1, CHUNK_BYTES // (logits.shape[-1] * logits.element_size())),
     )  # fmt: skip
-    if differentiate:
-        return _FusedLoss.apply(logits, job, inplace_backward)
-    return job.run(logits, None)
+    try:
+        return _FusedLoss.apply(logits, job, inplace_backward) if differentiate else job.run(logits, None)
+    except BadTokenId:  # which counts within its chunk
+        raise_bad_target(target, width, settings.ignore_index)
 
 
 # Name under which per-row temperatures travel among the token arguments; no Python argument can be called so.

@@ -1,4 +1,4 @@
-"""The losses of spec section 4 written out over the dense softmax, in float64, and their coefficients c(p)."""
+"""The losses of spec section 4 written out over the dense softmax, in float64, their coefficients c(p), and inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastcalib import losses
+
+from .cases import random_logits
+
+N, V = 8, 33
+TARGET = torch.tensor([0, 5, 32, 7, 7, 12, 31, 2])
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def kept_nll(keep: Callable[[Tensor, float], Tensor]) -> Callable[..., Tensor]:
     return lambda log_p, y, at, threshold: keep(-pick(log_p, y).detach(), threshold) * -pick(log_p, y)
 
 
-POSITION, LENGTH = torch.arange(8), torch.tensor(8)
+POSITION, LENGTH = torch.arange(N), torch.tensor(N)
 CUT = 3.0
 _ones = torch.ones_like
 CASES = [
@@ -133,3 +139,13 @@ def dense_loss(case: Case, logits: Tensor, target: Tensor, temperature: float | 
         return torch.log_softmax(logits / (t * factor), -1)
 
     return case.dense(at(1.0), target, at, **case.own)
+
+
+every_loss = pytest.mark.parametrize("case", CASES, ids=case_id)
+
+
+def sharp_logits(dtype: torch.dtype = torch.float64) -> Tensor:
+    """Targets from nearly certain to nearly impossible: each branch of each loss is taken."""
+    logits = random_logits(N, V, seed=3).double() / 3
+    logits[torch.arange(N), TARGET] += torch.tensor([9.0, 6.0, 4.0, 2.0, 0.0, -2.0, -5.0, -9.0])
+    return logits.to(dtype)

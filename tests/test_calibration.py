@@ -282,6 +282,8 @@ def test_fit_says_when_it_cannot():
         fit_temperature(torch.zeros(2, 3), torch.tensor([-100, -100]))
     with pytest.raises(ValueError, match="probability zero"):
         fit_temperature(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"^target\[1\] is 3, outside \[0, 3\)"):
+        fit_temperature(torch.zeros(2, 3), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="bounds"):
         fit_temperature_from(lambda ts: None, bounds=(2.0, 1.0))  # type: ignore[arg-type, return-value]
 

@@ -154,7 +154,7 @@ def test_masked_logits() -> None:
     ("target", "options", "words"),
     [
         (torch.tensor([0, 1]), {}, r"target must have shape \(3,\)"),
-        (torch.tensor([0, 1, C]), {}, rf"\[2\] is {C}, outside"),
+        (torch.tensor([0, 1, C]), {}, rf"^target\[2\] is {C}, outside"),
         (torch.tensor([0, 1, 2]), {"reduction": "average"}, "reduction must be"),
         (torch.tensor([0, 1, 2]), {"label_smoothing": 1.5}, "label_smoothing"),
         (torch.tensor([0, 1, 2]), {"weight": torch.ones(3)}, rf"weight must have shape \({C},\)"),

@@ -13,8 +13,7 @@ from fastcalib import TokenStatistics, fused, losses
 from fastcalib.fused import fused_loss
 
 from .cases import LAYOUTS, random_logits
-from .losses import CASES, Case, case_id, split
-from .test_losses import TARGET, N, V, every_loss, sharp_logits
+from .losses import CASES, TARGET, Case, N, V, case_id, every_loss, sharp_logits, split
 
 
 def with_ignored() -> Tensor:
@@ -378,8 +377,11 @@ def test_bad_losses_and_targets() -> None:
         fused_loss(logits, TARGET, "nll")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="integer dtype"):
         fused_loss(logits, torch.rand(N), losses.NLLLoss())
-    with pytest.raises(ValueError, match="outside"):
-        fused_loss(logits, torch.full((N,), V), losses.NLLLoss(), chunk_size=3)
+    target = TARGET.clone()
+    target[5:] = V
+    for z in (logits, logits.detach()):  # with and without a gradient; the third row of the second chunk
+        with pytest.raises(ValueError, match=rf"^target\[5\] is {V}, outside"):
+            fused_loss(z, target, losses.NLLLoss(), chunk_size=3)
 
     class Learned(nn.Module):
         def __init__(self) -> None:

@@ -1,33 +1,20 @@
-"""Losses: values and gradients against the dense formulas, identities, options, edge cases, memory, errors."""
+"""Losses: values and gradients against the dense formulas, identities, options, edge cases, modules."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastcalib
 from fastcalib import losses
 
 from .cases import random_logits
-from .losses import CASES, Case, case_id, dense_loss, split
+from .losses import CASES, TARGET, Case, N, V, case_id, dense_loss, every_loss, sharp_logits, split
 
-N, V = 8, 33
-TARGET = torch.tensor([0, 5, 32, 7, 7, 12, 31, 2])
-every_loss = pytest.mark.parametrize("case", CASES, ids=case_id)
 ROW_TEMPERATURES = torch.linspace(0.5, 2.0, N, dtype=torch.float64)
-
-
-def sharp_logits(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Targets from nearly certain to nearly impossible: each branch of each loss is taken."""
-    logits = random_logits(N, V, seed=3).double() / 3
-    logits[torch.arange(N), TARGET] += torch.tensor([9.0, 6.0, 4.0, 2.0, 0.0, -2.0, -5.0, -9.0])
-    return logits.to(dtype)
 
 
 def value_and_gradient(case: Case, logits: Tensor, target: Tensor = TARGET, **options: object) -> tuple[Tensor, Tensor]:
@@ -379,172 +366,3 @@ def test_temperature_tensor_gets_a_gradient(backend: str) -> None:
         (got,) = torch.autograd.grad(loss, t)
         if case.name != "gem":  # its fixed q is taken at T, so that T reaches q in neither
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10, msg=lambda m, n=case.name: f"{n}: {m}")
-
-
-# The truncation losses remember
-
-
-@pytest.mark.parametrize("name", ["TruncLoss", "TruncRLoss"])
-def test_truncation_keeps_everything_until_its_memory_is_full(name: str, backend: str) -> None:
-    module = getattr(losses, name)(drop=0.25, buffer_size=2 * N, reduction="none", backend=backend)
-    z = sharp_logits(torch.float32)
-    nll = losses.nll(z, TARGET, reduction="none", backend=backend)
-    for _ in range(2):
-        assert torch.equal(module(z, TARGET), nll)
-    assert module.seen == 2 * N and torch.equal(module.recent, nll.repeat(2))
-    cut = nll.repeat(2).quantile(0.75 if name == "TruncLoss" else 0.25)
-    keep = nll < cut if name == "TruncLoss" else nll > cut
-    assert torch.equal(module(z, TARGET), torch.where(keep, nll, 0.0)) and 0 < keep.sum() < N
-    module.reduction = "mean"
-
-
-def test_truncation_memory_is_a_ring_of_kept_tokens() -> None:
-    module = losses.TruncLoss(buffer_size=5)
-    seen: list[float] = []
-    for step in range(7):
-        nll = torch.arange(step % 4 + 1, dtype=torch.float32) + 10 * step
-        kept = torch.arange(step % 4 + 1) % 3 != 1
-        nll[0] = torch.nan if step == 3 else nll[0]
-        module.observe(nll, kept)
-        seen += [x for x, k in zip(nll.tolist(), kept.tolist()) if k and not math.isnan(x)]
-        ring = [0.0] * 5
-        for i, x in enumerate(seen):
-            ring[i % 5] = x
-        assert module.recent.tolist() == ring and module.seen == len(seen)
-    module.observe(torch.arange(13.0), torch.ones(13, dtype=torch.bool))  # more than it holds: the last ones stay
-    assert sorted(module.recent.tolist()) == [8.0, 9.0, 10.0, 11.0, 12.0]
-    module.observe(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
-    assert module.seen == len(seen) + 13
-
-
-def test_truncation_resumes_from_its_state_and_rests_in_eval() -> None:
-    z = sharp_logits(torch.float32)
-    first = losses.TruncLoss(drop=0.5, buffer_size=N)
-    first(z, TARGET)
-    second = losses.TruncLoss(drop=0.5, buffer_size=N)
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(second(z * 0.5, TARGET), first(z * 0.5, TARGET))
-    state = {k: v.clone() for k, v in first.state_dict().items()}
-    first.eval()(z, TARGET)
-    assert all(torch.equal(v, state[k]) for k, v in first.state_dict().items())
-
-
-def test_truncation_survives_infinite_losses() -> None:
-    module = losses.TruncLoss(drop=0.4, buffer_size=4)
-    module.observe(torch.tensor([1.0, torch.inf, torch.inf, 2.0]), torch.ones(4, dtype=torch.bool))
-    assert not module.threshold().isnan() and module.threshold() > 2
-
-
-def test_truncation_mean_counts_dropped_tokens() -> None:
-    z = sharp_logits()
-    each = losses.trunc(z, TARGET, threshold=3.0, reduction="none")
-    assert (each == 0).any()
-    torch.testing.assert_close(losses.trunc(z, TARGET, threshold=3.0), each.sum() / N)
-
-
-# torch.compile
-
-
-def assert_compiles(case: Case, **options: object) -> None:
-    z = sharp_logits(torch.float32)
-
-    def step(z: Tensor) -> Tensor:
-        return case.function()(z, TARGET, **case.own, label_smoothing=0.1, **options)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    got, want = z.clone().requires_grad_(), z.clone().requires_grad_()
-    a, b = compiled(got), step(want)
-    torch.testing.assert_close(a, b)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, leaf)[0] for loss, leaf in ((a, got), (b, want))))
-
-
-@every_loss
-def test_compiles_without_a_graph_break(case: Case) -> None:
-    assert_compiles(case)
-
-
-@pytest.mark.parametrize("name", [n for n, (live, _) in fastcalib.backends().items() if live])
-def test_compiles_with_a_backend_named(name: str) -> None:
-    assert_compiles(CASES[0], backend=name)
-
-
-def test_truncation_compiles_with_its_memory() -> None:
-    torch._dynamo.reset()
-    plain, module = losses.TruncLoss(buffer_size=N), losses.TruncLoss(buffer_size=N)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        assert torch.equal(compiled(sharp_logits(torch.float32), TARGET), plain(sharp_logits(torch.float32), TARGET))
-        assert torch.equal(module.recent, plain.recent) and module.seen == plain.seen
-
-
-# Errors and documentation
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "error", "words"),
-    [
-        ("tailr", {"gamma": 0.0}, ValueError, r"tailr: gamma must lie in \(0, 1\], got 0.0"),
-        ("tailr", {"gamma": 1.5}, ValueError, "gamma"),
-        ("tailr", {"w_min": -0.1}, ValueError, "w_min"),
-        ("lambda_pr", {"lam": 0.0}, ValueError, r"lam must lie in \(0, inf\)"),
-        ("lambda_pr", {"lam": math.nan}, ValueError, "lam"),
-        ("c_div", {"alpha": 0.0}, ValueError, "alpha"),
-        ("c_div", {"alpha": 2.0, "w_max": 0.0}, ValueError, "w_max"),
-        ("gold", {"u": 2.0}, ValueError, "u must lie"),
-        ("mixce", {"eta": -1.0}, ValueError, "eta"),
-        ("gce", {"k": 0.0}, ValueError, "k must lie"),
-        ("focal", {"gamma": -1.0}, ValueError, "gamma"),
-        ("gem", {"beta": 0.0}, ValueError, "beta"),
-        ("tofu", {"beta": math.inf}, ValueError, "beta"),
-        ("tailr", {"gamma": "small"}, TypeError, "gamma must be a number, got 'small'"),
-        ("nll", {"reduction": "average"}, ValueError, 'reduction must be "none", "mean" or "sum", got \'average\''),
-        ("nll", {"label_smoothing": 1.5}, ValueError, "label_smoothing"),
-        ("nll", {"z_loss": math.nan}, ValueError, "z_loss"),
-        ("nll", {"temperature": 0.0}, ValueError, "temperature must be positive"),
-        ("nll", {"temperature": [1.0, 2.0]}, TypeError, "one temperature per token"),
-        ("nll", {"gamma": 1.0}, TypeError, r"nll\(\) got an unexpected keyword argument 'gamma'"),
-        ("nll", {"num_items_in_batch": 4, "reduction": "none"}, ValueError, "num_items_in_batch"),
-        ("nll", {"num_items_in_batch": 0}, ValueError, "must be positive"),
-        ("nll", {"num_items_in_batch": torch.ones(2)}, ValueError, "one number"),
-        ("nll", {"weight": torch.ones(3)}, ValueError, r"weight must broadcast to .* \(8,\), got \(3,\)"),
-        ("nll", {"backend": "magic"}, ValueError, "backend"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_are_refused_in_words(name: str, options: dict, error: type, words: str) -> None:
-    with pytest.raises(error, match=words):
-        getattr(losses, name)(sharp_logits(), TARGET, **options)
-
-
-def test_bad_targets_are_refused_in_words() -> None:
-    with pytest.raises(TypeError, match=r"got torch.float32; for class probabilities use .*cross_entropy"):
-        losses.nll(sharp_logits(), torch.rand(N))
-    with pytest.raises(TypeError, match=r"torch\.bool"):
-        losses.nll(sharp_logits(), TARGET > 3)
-    with pytest.raises(ValueError, match=r"leading dimensions \(8,\) of logits \(8, 33\), got \(8, 1\)"):
-        losses.nll(sharp_logits(), TARGET[:, None])
-    with pytest.raises(ValueError, match=r"\[3\] is 33, outside \[0, 33\)"):
-        losses.nll(sharp_logits(), torch.tensor([0, 1, 2, 33, 4, 5, 6, 7]))
-
-
-def test_modules_refuse_bad_arguments_when_they_are_made() -> None:
-    with pytest.raises(ValueError, match="gamma"):
-        losses.TailrLoss(gamma=2.0)
-    with pytest.raises(TypeError, match=r"NLLLoss\(\) got an unexpected keyword argument 'weight'"):
-        losses.NLLLoss(weight=torch.ones(3))
-    with pytest.raises(ValueError, match="drop"):
-        losses.TruncLoss(drop=1.5)
-    with pytest.raises(TypeError, match=r"^nll\(\) got an unexpected keyword argument .position."):
-        losses.NLLLoss()(sharp_logits(), TARGET, position=torch.arange(N))
-
-
-def test_every_loss_is_documented() -> None:
-    for name in losses.__all__[:13]:
-        doc = inspect.getdoc(getattr(losses, name)) or ""
-        for part in ("Source:", "Example:", "Returns:", "Raises:", "c(p)", "nats", "logits: (*, V)"):
-            assert part in doc, f"{name}: {part}"
-        assert "class:`fastcalib.losses.Options` lists" not in doc
-    for name in ("trunc_r", "c_div", "TruncRLoss", "CDivLoss"):
-        first = re.split(r"\n\s*\n", inspect.getdoc(getattr(losses, name)) or "")[0]
-        assert "Reconstructed" in first, name
-    assert fastcalib.losses is losses

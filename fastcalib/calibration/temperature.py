@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._arguments import BadTokenId, raise_bad_target
 from ..ops.statistics import statistics
 from ..ops.types import TokenStatistics
 
@@ -173,9 +174,12 @@ def fit_temperature(
 
     @torch.no_grad()
     def evaluate(temperatures: tuple[float, ...]) -> NLLSums:
-        stats = statistics(
-            logits, target, temperatures, vocab_size=vocab_size, ignore_index=ignore_index, backend=backend
-        )
+        try:
+            stats = statistics(
+                logits, target, temperatures, vocab_size=vocab_size, ignore_index=ignore_index, backend=backend
+            )
+        except BadTokenId:
+            raise_bad_target(target, vocab_size or logits.shape[-1], ignore_index)
         sums = NLLSums.from_statistics(stats, target, temperatures, ignore_index)
         return NLLSums(*(x / n for x in sums))
 

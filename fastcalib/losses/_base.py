@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import TokenStatistics, statistics
-from ..ops._arguments import check_logits
+from ..ops._arguments import BadTokenId, check_logits, raise_bad_target
 from ._options import Settings, check_number, make_settings
 
 if TYPE_CHECKING:
@@ -200,10 +200,13 @@ def compute(
     """A whole loss from the logits: one read, the formula, the reduction."""
     width = check_target(formula.name, logits, target, settings.vocab_size)
     tensors = token_tensors(formula, own, target, token_arguments)
-    stats = read(
-        logits, target, settings.temperature, formula.factors_for(own, settings), moments=formula.moments_for(settings),
-        ignore_index=settings.ignore_index, vocab_size=settings.vocab_size, backend=settings.backend,
-    )  # fmt: skip
+    try:
+        stats = read(
+            logits, target, settings.temperature, formula.factors_for(own, settings),
+            moments=formula.moments_for(settings), ignore_index=settings.ignore_index, vocab_size=settings.vocab_size, backend=settings.backend,
+        )  # fmt: skip
+    except BadTokenId:
+        raise_bad_target(target, width, settings.ignore_index)
     per_token = per_token_loss(
         formula, own, settings, stats, target, temperature=settings.temperature, vocab_size=width, **tensors
     )

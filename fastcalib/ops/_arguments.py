@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -141,24 +142,49 @@ def normalise_index(index: Tensor | ValidSets, logits: Tensor, name: str = "inde
     return Index(index.reshape(-1).to(torch.int64).contiguous(), per_row, None, shape)
 
 
-def raise_bad_id(ids: Tensor, position: int, vocab_size: int, index: Index | None = None) -> None:
+class BadTokenId(ValueError):
+    """A token id outside the vocabulary. A loss, which calls its ids target, raises it again under that name."""
+
+
+def raise_bad_id(index: Index, position: int, vocab_size: int, ignore_index: int, name: str = "index") -> NoReturn:
     """The error for a token id outside [0, vocab_size); ``position`` counts in the flat ids."""
-    where = f"[{position}]"
-    if index is not None and index.offsets is None and len(index.shape) != 1:
-        where = str([int(i) for i in torch.unravel_index(torch.tensor(position), index.shape)])
-    raise ValueError(
-        f"index{where} is {int(ids[position])}, outside [0, {vocab_size}): token ids must be smaller than vocab_size "
-        "(or equal to ignore_index)"
-    )
+    if index.offsets is not None:
+        row = int(torch.searchsorted(index.offsets, position, right=True)) - 1  # the last set that starts at or before
+        where = f"{name}: entry {position - int(index.offsets[row])} of set {row} (values[{position}])"
+    else:
+        place = [int(i) for i in torch.unravel_index(torch.tensor(position), index.shape)]
+        where = f"{name}{place or ''}"
+    raise BadTokenId(
+        f"{where} is {int(index.ids[position])}, outside [0, {vocab_size}): token ids must lie in the vocabulary of "
+        f"{vocab_size}; entries that stand for no token must equal ignore_index={ignore_index}"
+    ) from None
 
 
-def check_ids_eager(ids: Tensor, vocab_size: int, ignore_index: int) -> None:
+def raise_bad_target(target: Tensor, vocab_size: int, ignore_index: int) -> NoReturn:
+    """The same error under the name and in the shape that a loss has for its token ids."""
+    ids = target.reshape(-1).to(torch.int64)
+    position = int(_outside(ids, vocab_size, ignore_index).nonzero()[0])
+    raise_bad_id(Index(ids, 1, None, tuple(target.shape)), position, vocab_size, ignore_index, "target")
+
+
+def _outside(ids: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    return ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
+
+
+def flat_index(ids: Tensor, per_row: int, offsets: Tensor | None, logits: Tensor) -> Index:
+    """The :class:`Index` behind what a registered operation receives; a single token a row counts as shape (*)."""
+    leading = tuple(logits.shape[:-1])
+    return Index(ids, per_row, offsets, leading if per_row == 1 else (*leading, per_row))
+
+
+def check_ids_eager(index: Index, vocab_size: int, ignore_index: int) -> None:
     """The check that the C++ kernels do while they gather, for the reference. Only where it costs no device sync."""
+    ids = index.ids
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(ids):
         return
-    bad = ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
+    bad = _outside(ids, vocab_size, ignore_index)
     if bad.any():
-        raise_bad_id(ids, int(bad.nonzero()[0]), vocab_size)
+        raise_bad_id(index, int(bad.nonzero()[0]), vocab_size, ignore_index)
 
 
 @dataclass(frozen=True)

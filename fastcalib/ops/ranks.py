@@ -14,6 +14,7 @@ from ._arguments import (
     Temperature,
     check_ids_eager,
     check_logits,
+    flat_index,
     normalise_index,
     normalise_temperature,
     raise_bad_id,
@@ -72,7 +73,7 @@ def _forward_cpu(
     )
     if bad >= 0:
         assert index is not None
-        raise_bad_id(index, bad, vocab_size)
+        raise_bad_id(flat_index(index, per_row, offsets, logits), bad, vocab_size, ignore_index)
     return out
 
 
@@ -204,7 +205,7 @@ def _eager(
     if index is None:
         assert bounds is not None
         return eager.ranks(flat, bounds, row_of, temperature)
-    check_ids_eager(index, width, ignore_index)
+    check_ids_eager(ids, width, ignore_index)
     ignored = index == ignore_index
     selected = flat[row_of, torch.where(ignored, 0, index)]
     n_greater, n_equal, mass = eager.ranks(flat, selected, row_of, temperature, selected=True)

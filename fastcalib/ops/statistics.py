@@ -16,6 +16,7 @@ from ._arguments import (
     Temperature,
     check_ids_eager,
     check_logits,
+    flat_index,
     normalise_index,
     normalise_temperature,
     raise_bad_id,
@@ -102,7 +103,7 @@ def _forward_cpu(
     )
     if bad >= 0:
         assert index is not None
-        raise_bad_id(index, bad, vocab_size)
+        raise_bad_id(flat_index(index, per_row, offsets, logits), bad, vocab_size, ignore_index)
     return out
 
 
@@ -396,7 +397,7 @@ def _eager(
     flat = logits[..., :width].reshape(-1, width)
     if ids is None:
         return eager.statistics(flat, temperature)
-    check_ids_eager(ids.ids, width, ignore_index)
+    check_ids_eager(ids, width, ignore_index)
     row_of = ids.rows(flat.shape[0])
     ignored = ids.ids == ignore_index
     total = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device)
