@@ -74,6 +74,42 @@ void statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t inne
     kernels().statistics_backward(a);
 }
 
+int64_t statistics_with_gradient(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride,
+                                 int64_t inner_stride, int64_t vocab, int64_t width, uintptr_t temperature,
+                                 int64_t temperature_rows, int64_t temperature_count, uintptr_t ids, int64_t per_row,
+                                 uintptr_t offsets, int64_t ignore_index, bool moments, uintptr_t out_rows,
+                                 uintptr_t scalars, uintptr_t log_prob, uintptr_t argmax, uintptr_t saved,
+                                 uintptr_t grad_rows, uintptr_t grad_scalars, uintptr_t grad_log_prob, uintptr_t out,
+                                 int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride, int threads) {
+    StatisticsArgs f;
+    f.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
+    f.vocab = vocab;
+    f.temperatures = temperatures(temperature, temperature_rows, temperature_count);
+    f.selected = selection(ids, per_row, offsets, ignore_index);
+    f.moments = moments;
+    f.rows = ptr(out_rows);
+    f.scalars = ptr(scalars);
+    f.log_prob = ptr(log_prob);
+    f.argmax = ptr<int64_t>(argmax);
+    f.saved = ptr(saved);
+    f.threads = threads;
+    StatisticsBackwardArgs a;
+    a.logits = f.logits;
+    a.vocab = vocab;
+    a.width = width;
+    a.temperatures = f.temperatures;
+    a.selected = f.selected;
+    a.rows = f.rows;
+    a.scalars = f.scalars;
+    a.saved = f.saved;
+    a.grad_rows = ptr(grad_rows);
+    a.grad_scalars = ptr(grad_scalars);
+    a.grad_log_prob = ptr(grad_log_prob);
+    a.out = matrix(out, dtype, rows, to_inner, to_outer_stride, to_inner_stride);
+    a.threads = threads;
+    return kernels().statistics_with_gradient(f, a);
+}
+
 int64_t ranks(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
               int64_t vocab, uintptr_t ids, uintptr_t thresholds, int64_t per_row, uintptr_t offsets, int64_t ignore_index,
               uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t n_greater,
@@ -139,6 +175,7 @@ PYBIND11_MODULE(_C, m) {
     const py::call_guard<py::gil_scoped_release> release;
     m.def("statistics_forward", &statistics, release);
     m.def("statistics_backward", &statistics_backward, release);
+    m.def("statistics_with_gradient", &statistics_with_gradient, release);
     m.def("ranks", &ranks, release);
     m.def("softmax_forward", &softmax_forward, release);
     m.def("softmax_backward", &softmax_backward, release);

@@ -22,9 +22,9 @@ from .losses._base import (
     token_tensors,
 )
 from .ops import TokenStatistics
-from .ops._arguments import BadTokenId, normalise_temperature, raise_bad_target, row_layout
+from .ops._arguments import BadTokenId, normalise_temperature, outside, raise_bad_target, row_layout
 from .ops._memory import empty_like_logits
-from .ops.statistics import backward_into
+from .ops.statistics import _allocate, backward_into, forward_and_backward_into
 
 # Bytes of logits per chunk. Measured at 256 x 128,256 float32 in place, 2 threads, 48 MB of last-level cache: 34 ms in
 # chunks of 8 MB, 22 of 32, 20 of 64, 18 in one. The autograd of one chunk's small tensors (some 0.6 ms) costs more than
@@ -62,7 +62,8 @@ def fused_loss(
             by one and is differentiable in the statistics. The values that it gives to ignored tokens do not matter. An
             attribute ``temperatures`` (K numbers) on a callable asks for statistics at these multiples of
             ``temperature``, with a trailing axis of K; an attribute ``moments = False`` says that it reads none of what
-            :func:`fastcalib.statistics` leaves out then, which is faster.
+            :func:`fastcalib.statistics` leaves out then, ``linear = True`` that it is linear in the statistics, so that
+            its gradient needs none of them: both are faster (the latter reads the logits once instead of twice).
         temperature, ignore_index, reduction, vocab_size, backend: None takes the module's setting, for another callable
             1.0, -100, "mean", None and "auto". As in :class:`fastcalib.losses.Options`; a callable may also have a
             sequence of K temperatures, which gives the trailing axis too.
@@ -122,14 +123,16 @@ def fused_loss(
         _refuse_other_gradients(loss_fn, settings.temperature, tokens)
         if inplace_backward:
             _check_inplace(logits)
+            _check_ids_first(target, width, settings.ignore_index)
     kept = (target != settings.ignore_index).reshape(-1)
     items = None if num_items_in_batch is None else number_of_items(num_items_in_batch, logits.device)
     temperatures, several = _temperatures(loss_fn, settings, own, logits)
     ours = isinstance(loss_fn, TokenLoss)
     moments = loss_fn.formula.moments_for(settings) if ours else getattr(loss_fn, "moments", True)
+    linear = loss_fn.formula.linear_for(settings) if ours else getattr(loss_fn, "linear", False)
     job = _Job(
         loss_fn, settings, own, width, target.reshape(-1).to(torch.int64), kept,
-        {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several, moments,
+        {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several, moments, linear,
         chunk_size or max(1, CHUNK_BYTES // (logits.shape[-1] * logits.element_size())),
     )  # fmt: skip
     try:
@@ -220,6 +223,12 @@ def _check_inplace(logits: Tensor) -> None:
         reach += (size - 1) * stride
 
 
+def _check_ids_first(target: Tensor, width: int, ignore_index: int) -> None:
+    """A bad id in a later chunk must not be found when the logits of an earlier one are gone."""
+    if target.device.type == "cpu" and bool(outside(target, width, ignore_index).any()):
+        raise_bad_target(target, width, ignore_index)
+
+
 @dataclass(frozen=True)
 class _Job:
     """One call, with everything per token flat: (N,)."""
@@ -236,14 +245,18 @@ class _Job:
     temperatures: Tensor  # (1 or N, K), float64
     several: bool  # whether statistics carry the axis of K
     moments: bool  # whether the loss reads more than log-probabilities, maximum and normaliser
+    linear: bool  # whether its gradient in the statistics is the same for all of them
     chunk_size: int
 
     def run(self, logits: Tensor, gradient: Tensor | None) -> Tensor:
         """The reduced loss; writes the gradient where one is given: the logits themselves, or a contiguous tensor."""
         remembers = isinstance(self.loss_fn, TokenLoss) and type(self.loss_fn).observe is not TokenLoss.observe
-        kernel = resolve(self.settings.backend, logits.device) != "eager"
-        chunk = _kernel_chunk if kernel else _eager_chunk
+        backend = resolve(self.settings.backend, logits.device)
+        chunk = _eager_chunk if backend == "eager" else _kernel_chunk
         scale = self._scale(logits) if gradient is not None else None
+        if self.linear and backend == "cpp" and gradient is not None and scale is not None:
+            loss, _ = _kernel_linear(self, logits, scale, gradient)
+            return reduce_loss(loss, self.kept, self.settings.reduction, self.items)
         losses, log_probs = [], []
         flat = None if gradient is None or gradient is logits else gradient.view(-1, logits.shape[-1])
         stop = 0
@@ -333,45 +346,75 @@ def _kernel_chunk(
     job: _Job, rows: Tensor, part: slice, scale: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Through the kernels: forward, autograd on the few numbers per row alone, backward while the rows are in cache."""
-    target, width, ignore = job.target[part], job.width, job.settings.ignore_index
+    arguments = (job.target[part], 1, None, job.width, job.settings.ignore_index)
     temperature = job.temperatures if job.temperatures.shape[0] == 1 else job.temperatures[part]
-    packed, scalars, log_prob, argmax, _, _, _, saved = torch.ops.fastcalib.statistics(
-        rows, temperature, target, 1, None, width, ignore, False, job.moments
+    packed = torch.ops.fastcalib.statistics(rows, temperature, *arguments[:5], False, job.moments)
+    numbers = _Numbers(job, packed)
+    if out is None or scale is None:
+        return job.per_token(numbers.stats, part), numbers.log_prob
+    loss, upstream = numbers.differentiate(part, scale)
+    target, per_row, offsets, width, ignore = arguments
+    backward_into(
+        out, *upstream, rows, temperature, target, per_row, offsets, packed[0], packed[1], packed[7], width, ignore
     )
-    per_row, selected = packed if job.several else packed.squeeze(-1), log_prob if job.several else log_prob.squeeze(-1)
-    # Each number is a leaf of its own: a view of a packed tensor would cost autograd more than the number is worth.
-    fields = [*per_row.unbind(0), *scalars.unbind(0), selected]
-    read = range(len(fields)) if job.moments else _WITHOUT_MOMENTS
-    leaves = [fields[i] for i in read]
-    if out is not None:
-        for leaf in leaves:
-            leaf.requires_grad_()
-    known = [field if i in read else None for i, field in enumerate(fields)]
-    stats = TokenStatistics._make((*known[:6], argmax, *known[6:8], saved[:, 0], selected, None, None, None))
-    with torch.set_grad_enabled(out is not None):
-        loss = job.per_token(stats, part)
-    if out is not None and scale is not None:
-        upstream: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    return loss, numbers.log_prob
+
+
+def _kernel_linear(job: _Job, logits: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss that is linear in the statistics: its gradient in them is the same at any, so they need not be known, and
+    one call takes each row through forward and backward."""
+    everything = slice(0, job.target.shape[0])
+    anywhere = _allocate(logits, job.temperatures, job.target, False)
+    for numbers in (*anywhere[:3], anywhere[7]):
+        numbers.zero_()
+    _, upstream = _Numbers(job, anywhere).differentiate(everything, scale)
+    packed = forward_and_backward_into(
+        out, *upstream, logits, job.temperatures, job.target, job.width, job.settings.ignore_index, job.moments
+    )
+    made = _Numbers(job, packed)
+    return job.per_token(made.stats, everything), made.log_prob
+
+
+class _Numbers:
+    """The few numbers per row of a packed result, each a leaf of its own for autograd: views of one packed leaf would
+    cost more than the numbers are worth."""
+
+    def __init__(self, job: _Job, packed: Sequence[Tensor]) -> None:
+        self.job, self.packed = job, (packed[0], packed[1], packed[2])
+        rows, scalars, log_prob, argmax, _, _, _, saved = packed
+        per_row, self.log_prob = (rows, log_prob) if job.several else (rows.squeeze(-1), log_prob.squeeze(-1))
+        fields: list[Tensor | None] = [*per_row.unbind(0), *scalars.unbind(0), self.log_prob]
+        if not job.moments:
+            fields = [field if i in _WITHOUT_MOMENTS else None for i, field in enumerate(fields)]
+        self.fields = fields
+        self.stats = TokenStatistics._make(
+            (*fields[:6], argmax, *fields[6:8], saved[:, 0], self.log_prob, None, None, None)
+        )
+
+    def differentiate(self, part: slice, scale: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss of the tokens, and its gradient in the statistics, packed as these are."""
+        leaves = [field for field in self.fields if field is not None]
+        with torch.enable_grad():
+            for leaf in leaves:
+                leaf.requires_grad_()
+            loss = self.job.per_token(self.stats, part)
+        gradients: Iterator[Tensor | None] = iter([None] * len(leaves))
         if loss.requires_grad:  # not a constant
-            upstream = torch.autograd.grad(loss, leaves, scale.to(loss.dtype).expand(loss.shape), allow_unused=True)
-        grads: list[Tensor | None] = [None] * len(fields)
-        for i, gradient in zip(read, upstream):
-            grads[i] = gradient
-        backward_into(
-            out, _pack(grads[:6], packed), _pack(grads[6:8], scalars), _pack(grads[8:], log_prob[None])[0], rows,
-            temperature, target, 1, None, packed, scalars, saved, width, ignore,
-        )  # fmt: skip
-    return loss.detach(), selected.detach()
+            upstream = scale.to(loss.dtype).expand(loss.shape)
+            gradients = iter(torch.autograd.grad(loss, leaves, upstream, allow_unused=True))
+        each = [None if field is None else next(gradients) for field in self.fields]
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        rows, scalars, log_prob = self.packed
+        return loss.detach(), [_pack(each[:6], rows), _pack(each[6:8], scalars), _pack(each[8:], log_prob[None])[0]]
 
 
-# logsumexp, max_prob and log_prob among the fields of a chunk.
+# logsumexp, max_prob and log_prob among the fields of _Numbers.
 _WITHOUT_MOMENTS = (0, 2, 8)
 
 
 def _pack(gradients: list[Tensor | None], like: Tensor) -> Tensor:
     """Gradients of the fields of a packed tensor, side by side as it is; None is 0."""
-    if len(gradients) == 1 and gradients[0] is not None:
-        return gradients[0].reshape(like.shape)
     out = torch.zeros_like(like)
     for field, gradient in zip(out, gradients):
         if gradient is not None:

@@ -345,6 +345,32 @@ def test_verdict_of_a_row_with_two_gates(values, verdict):
     assert targets.verdict(row) == verdict
 
 
+@pytest.mark.parametrize(
+    "value, allowed, verdict",
+    [
+        (0.85, 0.5, "pass"),  # met, whatever the arithmetic
+        (0.41, 0.5, "at the arithmetic limit"),  # 0.8 of what is possible
+        (0.39, 0.5, "FAIL"),
+        (0.79, 0.9, "FAIL"),  # the gate was within reach
+    ],
+)
+def test_a_gate_beyond_the_arithmetic_is_held_to_what_that_allows(value, allowed, verdict):
+    row = [p for p in targets.parts() if p.row == 1]
+    row[0].value, row[0].allowed = value, allowed
+    assert targets.verdict(row) == verdict
+    shown = targets.format_table([r for r in targets.table(row) if r["row"] == 1])
+    assert f"arithmetic alone: {allowed:.2f}" in shown
+
+
+@pytest.mark.parametrize("kind", ["statistics", "logsumexp", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arithmetic_ceilings_compute_something(kind, dtype):
+    if ceilings.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    call = ceilings.Ceilings(1).arithmetic(torch.empty(4, 2048, dtype=dtype), kind)
+    assert call() != 0 and call() == call()
+
+
 def test_at_most_gates_point_the_other_way():
     row = [p for p in targets.parts() if p.row == 7]
     for value, verdict in ((0.99, "pass, stretch"), (1.05, "pass"), (1.2, "FAIL")):

@@ -97,6 +97,33 @@ def test_a_users_loss_at_several_temperatures(backend: str) -> None:
         fused_loss(logits, TARGET, contrast, temperature=[0.5, 1.5])
 
 
+def test_a_users_linear_loss_is_told_by_its_attributes(backend: str) -> None:
+    """``linear`` takes each row through forward and backward at once, ``moments`` leaves half the arithmetic out."""
+
+    def focal_mean(stats: TokenStatistics, target: Tensor, *, weight: Tensor) -> Tensor:
+        return -stats.log_prob * weight + 0.1 * stats.logsumexp
+
+    weight = torch.linspace(-1, 2, N)
+    logits, target = sharp_logits(torch.float32).requires_grad_(), with_ignored()
+    want = result(fused_loss(logits, target, focal_mean, weight=weight, backend=backend), logits)
+    for linear, moments in ((True, True), (True, False), (False, False)):
+        focal_mean.linear, focal_mean.moments = linear, moments
+        got = result(fused_loss(logits, target, focal_mean, weight=weight, backend=backend), logits)
+        assert_same(got, want, exactly=moments)
+
+
+@pytest.mark.parametrize("loss", [losses.NLLLoss(), losses.TailrLoss()], ids=["linear", "not linear"])
+def test_a_bad_target_leaves_the_logits_alone(loss: losses.TokenLoss, backend: str) -> None:
+    """In place, chunk by chunk: found only in the last chunk, it would leave gradients in the place of logits."""
+    leaf = sharp_logits(torch.float32).requires_grad_()
+    logits, target = leaf * 1.0, with_ignored()
+    target[-1] = V
+    before = logits.detach().clone()
+    with pytest.raises(ValueError, match=rf"target\[{N - 1}\] is {V}"):
+        fused_loss(logits, target, loss, chunk_size=1, inplace_backward=True, backend=backend)
+    assert torch.equal(logits.detach(), before)
+
+
 def test_a_bound_method_and_a_constant_are_losses_too(backend: str) -> None:
     logits = sharp_logits().requires_grad_()
     holder = SimpleNamespace(loss=lambda stats, target: -2 * stats.log_prob)

@@ -100,7 +100,7 @@ def test_an_older_machine_meets_no_avx_instruction() -> None:
     for line in listing.stdout.splitlines():
         if line.endswith(">:"):
             function = line.split("<", 1)[1]
-            in_namespace = re.search(r"\b(avx2|avx512)::", function)
+            in_namespace = re.search(r"\b(avx2|avx512|avx512bf16)::", function)
             namespaces.update(in_namespace.groups() if in_namespace else ())
         # In the VEX and EVEX encodings, and nowhere in the baseline, mnemonics start with v. Clones that the compiler
         # made of a function are private to their object: only callers in that object reach them.

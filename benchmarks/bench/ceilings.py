@@ -94,6 +94,8 @@ class Ceilings:
         lib.ceiling_readwrite.restype = None
         lib.ceiling_copy.argtypes = (pointer, pointer, i64, i32, i32)
         lib.ceiling_copy.restype = None
+        lib.ceiling_arithmetic.argtypes = (i64, i32, i32, i32)
+        lib.ceiling_arithmetic.restype = ctypes.c_double
         self._lib = lib
         self.has_nontemporal = bool(lib.ceiling_has_nontemporal())
 
@@ -103,6 +105,17 @@ class Ceilings:
             raise CeilingsUnavailable(f"read: needs a contiguous float32 or bfloat16 array, got {x.dtype}")
         function, code, threads = self._lib.ceiling_read, DTYPE_CODES[x.dtype], self.threads
         return lambda: function(x.data_ptr(), x.numel(), threads, code, int(best))
+
+    def arithmetic(self, x: Tensor, kind: str) -> Callable[[], float]:
+        """The arithmetic of as many elements as ``x`` has, from the first-level cache, whatever memory allows.
+
+        Args:
+            x: only its size and dtype count.
+            kind: "statistics" (all sums of one temperature), "logsumexp" (one sum) or "gradient".
+        """
+        function, code = self._lib.ceiling_arithmetic, DTYPE_CODES[x.dtype]
+        number = ("statistics", "logsumexp", "gradient").index(kind)
+        return lambda: function(x.numel(), self.threads, code, number)
 
     def readwrite(self, x: Tensor) -> Callable[[], None]:
         """Read and write of every word of ``x`` where it is; the contents stay."""

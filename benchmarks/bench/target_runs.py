@@ -89,6 +89,7 @@ def _statistics(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtyp
     run = Run(settings)
     _add_ceiling(run, "read", ceilings, lambda c: c.read(z))
     _add_ceiling(run, "read, four streams", ceilings, lambda c: c.read(z, best=True))
+    _add_ceiling(run, "arithmetic", ceilings, lambda c: c.arithmetic(z, "statistics"))
     grids = {"K=1": (1.0,), "K=1 T=0.05": (0.05,), "K=8": ARBITRARY[8], "K=8 arithmetic": ARITHMETIC[8]}
     for name, grid in grids.items():
         run.add(name, partial(ours.statistics, z, target, grid))
@@ -100,7 +101,7 @@ def _statistics(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtyp
     run.add("compile K=8, tuned", lambda: partial(tuned, z, target, ARBITRARY[8]))
     run.go()
     kind, own_row, against = ("fp32", 1, 3) if dtype == torch.float32 else ("bf16", 2, 4)
-    fill(filled, own_row, "speed against read", lambda: run.over("read", "K=1"))
+    fill(filled, own_row, "speed against read", lambda: run.over("read", "K=1"), lambda: run.over("read", "arithmetic"))
     fill(filled, against, "against eager", lambda: run.over("eager K=1", "K=1"))
     fill(filled, against, "against torch.compile", lambda: run.over("compile K=1", "K=1"))
     fill(filled, 5, f"time against K=1, {kind}", lambda: run.over("K=8", "K=1"))
@@ -147,16 +148,21 @@ def _gradients(settings: Settings, ceilings: Ceilings | None, dtype: torch.dtype
     _add_ceiling(run, "in-place read + write", ceilings, lambda c: c.readwrite(work), before=refresh)
     run.add("backward in place", lambda: ours.backward_into(work, work, target, nontemporal=False), before=refresh)
     _add_ceiling(run, "copy", ceilings, lambda c: c.copy(out, z))
+    for job in ("logsumexp", "gradient"):
+        _add_ceiling(run, f"arithmetic, {job}", ceilings, lambda c, job=job: c.arithmetic(z, job))  # type: ignore[misc]
     run.add("backward into", lambda: ours.backward_into(out, z, target, nontemporal=True))
     if kind == "fp32":
         run.add("fused in place", lambda: ours.fused_in_place(work, target), before=refresh)
         for name, factory in _cross_entropy(problem).items():
             run.add(name, factory)
     run.go()
-    fill(filled, 8, kind, lambda: run.over("in-place read + write", "backward in place"))
-    fill(filled, 9, kind, lambda: run.over("copy", "backward into"))
+    gradient = "arithmetic, gradient"
+    moved = "in-place read + write"
+    fill(filled, 8, kind, lambda: run.over(moved, "backward in place"), lambda: run.over(moved, gradient))
+    fill(filled, 9, kind, lambda: run.over("copy", "backward into"), lambda: run.over("copy", gradient))
     if kind == "fp32":
-        fill(filled, 10, kind, lambda: run.over("in-place read + write", "fused in place"))
+        both = lambda: 1 / (1 / run.over(moved, "arithmetic, logsumexp") + 1 / run.over(moved, gradient))  # noqa: E731
+        fill(filled, 10, kind, lambda: run.over(moved, "fused in place"), both)
         for row, name in ((11, "fused in place"), (12, "cross-entropy")):
             fill(filled, row, "against eager", lambda name=name: run.over("eager", name))  # type: ignore[misc]
             fill(filled, row, "against torch.compile", lambda name=name: run.over("compile", name))  # type: ignore[misc]

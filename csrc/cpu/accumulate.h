@@ -73,6 +73,13 @@ template <class S> struct Lanes {
         s2 = s2 + et * t;
         r2 = r2 + e * e;
     }
+    // With the square shared by all temperatures.
+    FC_INLINE void add(typename S::vec e, typename S::vec y, typename S::vec y2) {
+        s0 = s0 + e;
+        s1 = s1 + e * y;
+        s2 = s2 + e * y2;
+        r2 = r2 + e * e;
+    }
     FC_INLINE void add(const Lanes& o, typename S::vec unit) {
         s0 = s0 + o.s0;
         s1 = s1 + o.s1 * unit;
@@ -103,7 +110,7 @@ template <class S> struct Lanes {
 template <class S> struct Scratch {
     using real = typename S::real;
     alignas(64) real values[kBlock + 64];
-    alignas(64) real power[kBlock + 64], ratio[kBlock + 64];
+    alignas(64) real power[kBlock + 64], ratio[kBlock + 64], below[kBlock + 64];
     std::vector<Lanes<S>> sums;  // of the segment so far, one per temperature
     std::vector<Sums> segment, row;
     Betas betas;
@@ -191,33 +198,37 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
 }
 
 // The same for inverse temperatures in arithmetic progression: 2^(c_k y) = 2^(c_0 y) (2^(step y))^k, so two exponentials
-// serve all K. Runs from the smallest c, where every factor is <= 1 and underflow is a clean 0. Powers and ratio wait in
-// the scratch between groups of G. Moments are in y here and brought to t = c y on the way out.
-template <class S, int G, bool First, bool WithSpread>
-FC_INLINE void sum_block_arithmetic(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max,
-                                    double c_least, double step, const double* const* c, Lanes<S>* const* sums,
-                                    Ahead& ahead, Spread<S>& spread) {
+// serve all K. Runs from the smallest c, where every factor is <= 1 and underflow is a clean 0. First the power at c_least
+// and the ratio, for the whole block; they wait in the scratch while groups of G temperatures go over it. Two loops, since
+// together they have more numbers under way than registers. Moments are in y here and brought to t = c y on the way out.
+template <class S, bool WithSpread>
+FC_INLINE void powers_of_block(Scratch<S>& scratch, const typename S::real* values, int64_t n, typename S::real max,
+                               double c_least, double step, Ahead& ahead, Spread<S>& spread) {
     using real = typename S::real;
     using vec = typename S::vec;
-    Lanes<S> lanes[G];
-    for (auto& l : lanes) l.clear();
     const vec m = S::set(max), least = S::set(S::lowest_exponent), floor = S::set(real(S::lowest_exponent / c_least));
     const vec first = S::set(real(c_least)), distance = S::set(real(step));
     for (int64_t i = 0; i < n; i += S::lanes) {
         ahead.next();
         const vec z = S::load(values + i), y = S::max(z - m, floor);
         if constexpr (WithSpread) spread.add(z);
-        vec e, w;
-        if constexpr (First) {
-            e = S::exp2(S::max(y * first, least));
-            w = S::exp2(S::max(y * distance, least));
-            S::store(scratch.ratio + i, w);
-        } else {
-            e = S::load(scratch.power + i);
-            w = S::load(scratch.ratio + i);
-        }
+        S::store(scratch.below + i, y);
+        S::store(scratch.power + i, S::exp2(S::max(y * first, least)));
+        S::store(scratch.ratio + i, S::exp2(S::max(y * distance, least)));
+    }
+}
+
+template <class S, int G>
+FC_INLINE void sum_powers(Scratch<S>& scratch, int64_t n, const double* const* c, Lanes<S>* const* sums) {
+    using real = typename S::real;
+    using vec = typename S::vec;
+    Lanes<S> lanes[G];
+    for (auto& l : lanes) l.clear();
+    for (int64_t i = 0; i < n; i += S::lanes) {
+        const vec y = S::load(scratch.below + i), w = S::load(scratch.ratio + i), y2 = y * y;
+        vec e = S::load(scratch.power + i);
         for (int g = 0; g < G; ++g) {
-            lanes[g].add(e, y);
+            lanes[g].add(e, y, y2);
             e = e * w;
         }
         S::store(scratch.power + i, e);
@@ -234,22 +245,28 @@ FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* val
     Lanes<S>* sums = scratch.sums.data();
     if (betas.arithmetic) {  // at least four temperatures
         const auto at = [&](int64_t k) { return betas.ascending ? k : count - 1 - k; };
-        const auto group = [&]<int G, bool First, bool Spreads>(int64_t k) __attribute__((always_inline)) {
+        const auto group = [&]<int G>(int64_t k) __attribute__((always_inline)) {
             const double* c[G];
             Lanes<S>* to[G];
             for (int g = 0; g < G; ++g) {
                 c[g] = &betas.c[at(k + g)];
                 to[g] = sums + at(k + g);
             }
-            sum_block_arithmetic<S, G, First, Spreads>(scratch, values, n, max, *c[0], betas.step, c, to, ahead, spread);
+            sum_powers<S, G>(scratch, n, c, to);
         };
-        group.template operator()<4, true, WithSpread>(0);
-        int64_t k = 4;
         // Every 16 temperatures the power is formed anew, so that rounding does not build up.
-        for (; k + 4 <= count; k += 4)
-            k % 16 ? group.template operator()<4, false, false>(k) : group.template operator()<4, true, false>(k);
-        for (; k < count; ++k)
-            k % 16 ? group.template operator()<1, false, false>(k) : group.template operator()<1, true, false>(k);
+        for (int64_t k = 0; k < count;) {
+            if (k == 0) powers_of_block<S, WithSpread>(scratch, values, n, max, betas.c[at(0)], betas.step, ahead, spread);
+            else if (k % 16 == 0)
+                powers_of_block<S, false>(scratch, values, n, max, betas.c[at(k)], betas.step, ahead, spread);
+            if (k + 4 <= count) {
+                group.template operator()<4>(k);
+                k += 4;
+            } else {
+                group.template operator()<1>(k);
+                ++k;
+            }
+        }
         return;
     }
     const auto group = [&]<int G, bool Spreads>(int64_t k) __attribute__((always_inline)) {

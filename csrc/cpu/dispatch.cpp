@@ -19,6 +19,11 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 #endif
+#if defined(FASTCALIB_HAVE_AVX512BF16)
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
 
@@ -26,10 +31,14 @@ namespace {
 std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> found;
 #if defined(FASTCALIB_HAVE_AVX512)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+    const bool avx512 =
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-        found.push_back(&avx512::kernels);
+        __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#if defined(FASTCALIB_HAVE_AVX512BF16)
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+#endif
+    if (avx512) found.push_back(&avx512::kernels);
 #endif
 #if defined(FASTCALIB_HAVE_AVX2)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&

@@ -202,6 +202,27 @@ FC_INLINE void compare(const T* values, int64_t n, const typename S::real* bound
     for (int g = 0; g < G; ++g) counters[g] = {above[g], least[g]};
 }
 
+// Straight from memory, n a multiple of 4 vectors: four streams a quarter apart keep more reads under way than one.
+template <class S, class T>
+FC_INLINE void compare_streams(const T* x, int64_t n, typename S::real bound, typename RankScratch<S>::Counter& counter) {
+    const int64_t quarter = n / 4;
+    const auto least = S::set(bound);
+    typename S::count above[4], not_less[4];
+    for (int s = 0; s < 4; ++s) above[s] = not_less[s] = S::no_count();
+    for (int64_t i = 0; i < quarter; i += S::lanes)
+        for (int s = 0; s < 4; ++s) {
+            const T* at = x + s * quarter + i;
+            prefetch(reinterpret_cast<const char*>(at) + 4096);
+            const auto v = S::load(at);
+            above[s] = S::add_greater(above[s], v, least);
+            not_less[s] = S::add_not_less(not_less[s], v, least);
+        }
+    for (int s = 0; s < 4; ++s) {
+        counter.above = counter.above + above[s];
+        counter.least = counter.least + not_less[s];
+    }
+}
+
 template <class S, class T>
 void compare_with_each(const T* values, int64_t n, const RankPlan<typename S::real>& plan,
                        typename RankScratch<S>::Counter* counters) {
@@ -309,7 +330,12 @@ FASTCALIB_ONE_BODY void rank_segment(const T* x, int64_t n, const RankPlan<typen
         scratch.histogram.assign(size_t(kCopies * 2 * (m + 1)), 0);
         scratch.mass_histogram.assign(size_t(kCopies * (m + 1) * k_count), 0.0);
     }
-    for (int64_t start = 0; start < n; start += kBlock) {
+    int64_t start = 0;
+    if (m == 1 && direct) {
+        start = n / (4 * S::lanes) * (4 * S::lanes);
+        compare_streams<S>(x, start, plan.bounds[0], scratch.counters[0]);
+    }
+    for (; start < n; start += kBlock) {
         const int64_t length = std::min(kBlock, n - start);
         if (direct && length % S::lanes == 0) {
             compare_with_each<S>(x + start, length, plan, scratch.counters.data());

@@ -94,6 +94,9 @@ struct F32 {
         even = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
         odd = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int32_t(0xffff0000))));
     }
+#if defined(__AVX512BF16__)
+    static FC_INLINE __m256i narrow_bfloat16(vec v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
     static FC_INLINE __m256i narrow_bfloat16(vec v) {
         const __m512i u = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -102,6 +105,7 @@ struct F32 {
         r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
         return _mm512_cvtepi32_epi16(r);
     }
+#endif
     static FC_INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
     static FC_INLINE void store(bfloat16* p, vec v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16(v));
@@ -109,6 +113,9 @@ struct F32 {
     static FC_INLINE void store(float16* p, vec v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0));
     }
+#if defined(__AVX512BF16__)
+    static FC_INLINE __m512i narrow_pair(vec a, vec b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
+#else
     // Two vectors of numbers that are no NaN, rounded to bfloat16 as one full line: the upper halves are picked by one permute.
     static FC_INLINE __m512i narrow_pair(vec a, vec b) {
         const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
@@ -119,6 +126,7 @@ struct F32 {
                                                          33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
         return _mm512_permutex2var_epi16(u, _mm512_load_si512(odd), v);
     }
+#endif
     static FC_INLINE void store_pair(bfloat16* p, vec a, vec b) { _mm512_storeu_si512(p, narrow_pair(a, b)); }
     static FC_INLINE void stream_pair(bfloat16* p, vec a, vec b) {
         _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(a, b));

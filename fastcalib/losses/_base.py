@@ -33,6 +33,7 @@ class Formula:
         prepare: (target, own numbers, token arguments) -> token arguments, with defaults filled in.
         token_arguments: names of the tensors that the formula takes beside the target.
         moments: whether the formula reads more than log-probabilities, maximum and normaliser.
+        linear: whether the loss is linear in the statistics, so that its gradient in them is known without them.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Formula:
     prepare: Callable[..., dict[str, Tensor]] | None = None
     token_arguments: tuple[str, ...] = ()
     moments: bool = False
+    linear: bool = False
 
     def check(self, own: Mapping[str, Any]) -> None:
         """Raise for an own number outside its interval."""
@@ -51,6 +53,10 @@ class Formula:
     def moments_for(self, settings: Settings) -> bool:
         """Whether the formula or a regulariser reads the moments of the statistics."""
         return self.moments or bool(settings.label_smoothing or settings.entropy_bonus)
+
+    def linear_for(self, settings: Settings) -> bool:
+        """Whether the loss with its regularisers is linear in the statistics."""
+        return self.linear and not settings.z_loss
 
     def factors_for(self, own: Mapping[str, Any], settings: Settings) -> tuple[float, ...] | None:
         """Temperatures to read. The base one comes first where a regulariser needs it and the formula does not."""

@@ -91,6 +91,7 @@ class Settings:
         """Whether any term needs the distribution at the base temperature itself."""
         return bool(self.label_smoothing or self.z_loss or self.entropy_bonus)
 
+
 OPTION_NAMES = tuple(f.name for f in fields(Settings))
 
 

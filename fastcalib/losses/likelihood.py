@@ -75,7 +75,7 @@ def _focal(stats: TokenStatistics, target: Tensor, *, gamma: float) -> Tensor:
     return -(rest**gamma) * log_p(stats)
 
 
-NLL = Formula("nll", _nll)
+NLL = Formula("nll", _nll, linear=True)
 GOLD = Formula("gold", _gold, {"u": "[0, 1]"}, token_arguments=("reward",))
 DFT = Formula("dft", _dft)
 MIXCE = Formula("mixce", _mixce, {"eta": "[0, 1]"})

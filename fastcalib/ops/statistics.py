@@ -170,6 +170,51 @@ def backward_into(
     )
 
 
+def forward_and_backward_into(
+    out: Tensor,
+    grad_rows: Tensor,
+    grad_scalars: Tensor,
+    grad_log_prob: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    moments: bool,
+) -> tuple[Tensor, ...]:
+    """The statistics (packed as by the registered operation) and, row by row while it is in the cache, the gradient.
+
+    For upstream gradients that are known before the statistics are: those of a loss that is linear in them. C++ only;
+    one selected token a row. ``out`` may be the logits themselves.
+    """
+    layout, target = row_layout(logits), row_layout(out)
+    if target.tensor is not out:
+        raise ValueError(f"out must have adjacent columns and at most two strides over its rows, got {out.stride()}")
+    made = _allocate(logits, temperature, index, False)
+    rows, scalars, log_prob, argmax, _, _, _, saved = made
+    bad = extension().statistics_with_gradient(
+        *layout.args(),
+        vocab_size,
+        logits.shape[-1],
+        temperature.data_ptr(),
+        temperature.shape[0],
+        temperature.shape[1],
+        index.data_ptr(),
+        1,
+        0,
+        ignore_index,
+        moments,
+        *(t.data_ptr() for t in (rows, scalars, log_prob, argmax, saved, grad_rows, grad_scalars, grad_log_prob, out)),
+        target.inner,
+        target.outer_stride,
+        target.inner_stride,
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise_bad_id(flat_index(index, 1, None, logits), bad, vocab_size, ignore_index)
+    return made
+
+
 def _backward_cpu(
     grad_rows: Tensor,
     grad_scalars: Tensor,
