@@ -127,9 +127,9 @@ def fused_loss(
     kept = (target != settings.ignore_index).reshape(-1)
     items = None if num_items_in_batch is None else number_of_items(num_items_in_batch, logits.device)
     temperatures, several = _temperatures(loss_fn, settings, own, logits)
-    ours = isinstance(loss_fn, TokenLoss)
-    moments = loss_fn.formula.moments_for(settings) if ours else getattr(loss_fn, "moments", True)
-    linear = loss_fn.formula.linear_for(settings) if ours else getattr(loss_fn, "linear", False)
+    moments, linear = getattr(loss_fn, "moments", True), getattr(loss_fn, "linear", False)
+    if isinstance(loss_fn, TokenLoss):
+        moments, linear = loss_fn.formula.moments_for(settings), loss_fn.formula.linear_for(settings)
     job = _Job(
         loss_fn, settings, own, width, target.reshape(-1).to(torch.int64), kept,
         {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several, moments, linear,
@@ -327,8 +327,8 @@ def _eager_chunk(
     factors = _factors(job.loss_fn, settings, job.own)
     with torch.set_grad_enabled(out is not None):
         stats = read(
-            leaf, job.target[part], job.temperature(part), factors, moments=job.moments, ignore_index=settings.ignore_index,
-            vocab_size=settings.vocab_size, backend="eager",
+            leaf, job.target[part], job.temperature(part), factors, moments=job.moments,
+            ignore_index=settings.ignore_index, vocab_size=settings.vocab_size, backend="eager",
         )  # fmt: skip
         loss = job.per_token(stats, part)
     assert stats.log_prob is not None
@@ -346,17 +346,17 @@ def _kernel_chunk(
     job: _Job, rows: Tensor, part: slice, scale: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Through the kernels: forward, autograd on the few numbers per row alone, backward while the rows are in cache."""
-    arguments = (job.target[part], 1, None, job.width, job.settings.ignore_index)
+    target, width, ignore = job.target[part], job.width, job.settings.ignore_index
     temperature = job.temperatures if job.temperatures.shape[0] == 1 else job.temperatures[part]
-    packed = torch.ops.fastcalib.statistics(rows, temperature, *arguments[:5], False, job.moments)
+    packed = torch.ops.fastcalib.statistics(rows, temperature, target, 1, None, width, ignore, False, job.moments)
     numbers = _Numbers(job, packed)
     if out is None or scale is None:
         return job.per_token(numbers.stats, part), numbers.log_prob
-    loss, upstream = numbers.differentiate(part, scale)
-    target, per_row, offsets, width, ignore = arguments
+    loss, (g_rows, g_scalars, g_log_prob) = numbers.differentiate(part, scale)
     backward_into(
-        out, *upstream, rows, temperature, target, per_row, offsets, packed[0], packed[1], packed[7], width, ignore
-    )
+        out, g_rows, g_scalars, g_log_prob, rows, temperature, target, 1, None, packed[0], packed[1], packed[7], width,
+        ignore,
+    )  # fmt: skip
     return loss, numbers.log_prob
 
 
@@ -367,10 +367,11 @@ def _kernel_linear(job: _Job, logits: Tensor, scale: Tensor, out: Tensor) -> tup
     anywhere = _allocate(logits, job.temperatures, job.target, False)
     for numbers in (*anywhere[:3], anywhere[7]):
         numbers.zero_()
-    _, upstream = _Numbers(job, anywhere).differentiate(everything, scale)
+    _, (g_rows, g_scalars, g_log_prob) = _Numbers(job, anywhere).differentiate(everything, scale)
     packed = forward_and_backward_into(
-        out, *upstream, logits, job.temperatures, job.target, job.width, job.settings.ignore_index, job.moments
-    )
+        out, g_rows, g_scalars, g_log_prob, logits, job.temperatures, job.target, job.width, job.settings.ignore_index,
+        job.moments,
+    )  # fmt: skip
     made = _Numbers(job, packed)
     return job.per_token(made.stats, everything), made.log_prob
 
@@ -391,7 +392,7 @@ class _Numbers:
             (*fields[:6], argmax, *fields[6:8], saved[:, 0], self.log_prob, None, None, None)
         )
 
-    def differentiate(self, part: slice, scale: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def differentiate(self, part: slice, scale: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The loss of the tokens, and its gradient in the statistics, packed as these are."""
         leaves = [field for field in self.fields if field is not None]
         with torch.enable_grad():
@@ -406,7 +407,8 @@ class _Numbers:
         for leaf in leaves:
             leaf.requires_grad_(False)
         rows, scalars, log_prob = self.packed
-        return loss.detach(), [_pack(each[:6], rows), _pack(each[6:8], scalars), _pack(each[8:], log_prob[None])[0]]
+        packed = _pack(each[:6], rows), _pack(each[6:8], scalars), _pack(each[8:], log_prob[None])[0]
+        return loss.detach(), packed
 
 
 # logsumexp, max_prob and log_prob among the fields of _Numbers.

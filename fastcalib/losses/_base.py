@@ -209,7 +209,8 @@ def compute(
     try:
         stats = read(
             logits, target, settings.temperature, formula.factors_for(own, settings),
-            moments=formula.moments_for(settings), ignore_index=settings.ignore_index, vocab_size=settings.vocab_size, backend=settings.backend,
+            moments=formula.moments_for(settings), ignore_index=settings.ignore_index,
+            vocab_size=settings.vocab_size, backend=settings.backend,
         )  # fmt: skip
     except BadTokenId:
         raise_bad_target(target, width, settings.ignore_index)

@@ -35,8 +35,8 @@ MOMENTS = ("entropy", "collision", "mean_logit", "var_logit", "sum_logits", "std
 
 LIBRARY.define(
     "statistics(Tensor logits, Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, SymInt vocab_size, "
-    "int ignore_index, bool ranks, bool moments=True) -> (Tensor rows, Tensor scalars, Tensor log_prob, Tensor argmax, Tensor n_greater, "
-    "Tensor n_equal, Tensor mass_greater, Tensor saved)"
+    "int ignore_index, bool ranks, bool moments=True) -> (Tensor rows, Tensor scalars, Tensor log_prob, Tensor argmax, "
+    "Tensor n_greater, Tensor n_equal, Tensor mass_greater, Tensor saved)"
 )
 LIBRARY.define(
     "statistics_backward(Tensor grad_rows, Tensor grad_scalars, Tensor grad_log_prob, Tensor logits, "
@@ -360,8 +360,8 @@ def statistics(
             tensor that broadcasts to the leading dimensions, one temperature a row. Tensors are differentiable.
         ranks: also count ``n_greater``, ``n_equal`` and ``mass_greater`` of the selected tokens, up to 16 a row, in the
             same read. Larger sets go through :func:`fastcalib.ranks`.
-        moments: False leaves out (None) entropy, collision, mean_logit, var_logit, sum_logits and std_logits: about half
-            the arithmetic, for losses that see only log-probabilities.
+        moments: False leaves out (None) entropy, collision, mean_logit, var_logit, sum_logits and std_logits: half the
+            arithmetic, for losses that see only log-probabilities.
         vocab_size: columns from here on are padding and take no part in anything; their gradient is 0.
         ignore_index: an id that stands for "no token".
         backend: "auto", "eager" or "cpp".
@@ -417,7 +417,7 @@ def statistics(
 
 
 def _without_moments(stats: TokenStatistics) -> TokenStatistics:
-    return stats._replace(**dict.fromkeys(MOMENTS))
+    return TokenStatistics(**{**stats._asdict(), **dict.fromkeys(MOMENTS)})
 
 
 def _check_ranked(ids: Index | None) -> None:
