@@ -119,6 +119,7 @@ def fused_loss(
         tokens, constants = token_tensors(loss_fn.formula, own, target, token_args), {}
     if isinstance(settings.temperature, Tensor) and settings.temperature.numel() > 1:
         tokens[_TEMPERATURE] = broadcast(name, "temperature", settings.temperature, target)
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     if differentiate:
         _refuse_other_gradients(loss_fn, settings.temperature, tokens)
         if inplace_backward:
@@ -131,7 +132,7 @@ def fused_loss(
     if isinstance(loss_fn, TokenLoss):
         moments, linear = loss_fn.formula.moments_for(settings), loss_fn.formula.linear_for(settings)
     job = _Job(
-        loss_fn, settings, own, width, target.reshape(-1).to(torch.int64), kept,
+        loss_fn, settings, own, width, target.reshape(-1), kept,
         {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several, moments, linear,
         chunk_size or max(1, CHUNK_BYTES // (logits.shape[-1] * logits.element_size())),
     )  # fmt: skip
@@ -159,6 +160,13 @@ class _Plain:
 def _settings(loss_fn: object, *given: Any) -> Any:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss module or a callable, got {type(loss_fn).__name__}")
+    ours = getattr(loss_fn, "__module__", "").startswith("fastcalib.losses.") and not isinstance(loss_fn, TokenLoss)
+    if ours or isinstance(loss_fn, type):  # nll and NLLLoss, where NLLLoss() is meant
+        kind, name = "class" if isinstance(loss_fn, type) else "function", getattr(loss_fn, "__name__", "")
+        raise TypeError(
+            "loss_fn must be a loss module such as fastcalib.losses.NLLLoss(), or a callable on the statistics, got "
+            f"the {kind} {name}"
+        )
     names = ("temperature", "ignore_index", "reduction", "vocab_size", "backend")
     settings = loss_fn.settings if isinstance(loss_fn, TokenLoss) else _Plain()
     return replace(settings, **{k: v for k, v in zip(names, given) if v is not None})

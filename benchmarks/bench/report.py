@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .targets import format_table
@@ -43,7 +44,6 @@ def _cells(row: Row, name: str, entry: Row) -> list[str]:
     read = row["read"]
     against = read["least_ms"] / entry["least_ms"] if read else None
     return [
-        name,
         _ms(entry),
         _ms(entry, "least_ms"),
         _number(against),
@@ -53,23 +53,27 @@ def _cells(row: Row, name: str, entry: Row) -> list[str]:
     ]
 
 
-HEAD = ["", "median ms", "least ms", "read/this", "fastcalib is", "extra MB", "error"]
+HEAD = ["median ms", "least ms", "read/this", "fastcalib is", "extra MB", "error"]
+
+
+def _listing(title: str, entries: dict[str, Row], width: int, describe: Callable[[str, Row], str]) -> list[str]:
+    """A heading and what there is to say of each entry beside its name, or why there is nothing."""
+    said = {
+        n: f"not available: {e['unavailable']}" if e.get("unavailable") else describe(n, e) for n, e in entries.items()
+    }
+    return [title, *(f"  {name:<{width}}{text}" for name, text in said.items())]
 
 
 def format_row(row: Row) -> str:
     """One case for a terminal: a heading line, then a line for each competitor."""
     heap = ", retained heap" if row["heap"] == "retained" else ""
     read = f"; pure read {_ms(row['read'])} ms" if row["read"] else ""
-    lines = [
+    columns = "{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}"
+    title = (
         f"{row['op']} | {row['dtype']} | {row['n']} x {row['v']:,} | {row['direction']}{heap}   "
-        f"[{row['bytes_formula']} = {row['bytes'] / 1e6:.0f} MB{read}]"
-    ]
-    lines.append("  {:<24}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*HEAD))
-    for name, entry in row["entries"].items():
-        if entry.get("unavailable"):
-            lines.append(f"  {name:<24}not available: {entry['unavailable']}")
-        else:
-            lines.append("  {:<24}{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}".format(*_cells(row, name, entry)))
+        f"[{row['bytes_formula']} = {row['bytes'] / 1e6:.0f} MB{read}]\n{'':<26}{columns.format(*HEAD)}"
+    )
+    lines = _listing(title, row["entries"], 24, lambda name, entry: columns.format(*_cells(row, name, entry)))
     if row["note"]:
         lines.append(f"  note: {row['note']}")
     return "\n".join(lines)
@@ -77,27 +81,20 @@ def format_row(row: Row) -> str:
 
 def format_scaling(scaling: dict[str, Any]) -> str:
     """Slopes and points of each series."""
-    lines = ["Scaling (fp32; slope of log time or memory over log of what varies; 1 = proportional)"]
-    for name, s in scaling.items():
-        if "unavailable" in s:
-            lines.append(f"  {name:<30} not available: {s['unavailable']}")
-            continue
+
+    def describe(_: str, s: Row) -> str:
         points = "  ".join(f"{x:g}: {t:.3g} ms" for x, t in zip(s["x"], s["least_ms"]))
         slopes = (_number(s["slope_time"]), _number(s["slope_time_large"]), _number(s["slope_memory"]))
-        lines.append("  {:<30} time {} (large values {}), memory {}".format(name, *slopes))
-        lines.append(f"      {points}")
-    return "\n".join(lines)
+        return "time {} (large values {}), memory {}\n      {}".format(*slopes, points)
+
+    title = "Scaling (fp32; slope of log time or memory over log of what varies; 1 = proportional)"
+    return "\n".join(_listing(title, scaling, 31, describe))
 
 
 def format_overhead(overhead: dict[str, Any]) -> str:
     """Microseconds per call."""
-    lines = ["Cost of a call (logits 1 x 32, fp32), microseconds, median (least)"]
-    for name, entry in overhead.items():
-        if "unavailable" in entry:
-            lines.append(f"  {name:<46} not available: {entry['unavailable']}")
-        else:
-            lines.append(f"  {name:<46} {entry['median_us']:8.1f} ({entry['least_us']:.1f})")
-    return "\n".join(lines)
+    title = "Cost of a call (logits 1 x 32, fp32), microseconds, median (least)"
+    return "\n".join(_listing(title, overhead, 47, lambda _, e: f"{e['median_us']:8.1f} ({e['least_us']:.1f})"))
 
 
 HOW_TO_READ = """\
