@@ -99,3 +99,24 @@ def _processors(device: torch.device) -> int:
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def chunk(cut: Tiling) -> int:
+    """Columns that a program of an element by element pass takes: enough tiles to pay for reading the row's constants."""
+    return 4 * cut.tile
+
+
+def relative_alignment(source: Tensor, layout: tuple[int, int, int, int], target: Tensor, other: tuple[int, ...]) -> int:
+    """Bytes that a row of ``source`` is aligned to at the column where the same row of ``target`` reaches 16 bytes.
+
+    16 where both lie alike (any V, as long as both are contiguous); an element's size where they differ.
+    """
+    size = source.element_size()
+    bits = VECTOR_BYTES | abs(source.data_ptr() - target.data_ptr())
+    if layout[1] == other[1]:
+        for mine, theirs in zip(layout[2:], other[2:], strict=True):
+            bits |= abs(mine - theirs) * size
+    else:  # rows are counted in other groups: each step must be aligned by itself
+        for stride in (*layout[2:], *other[2:]):
+            bits |= stride * size
+    return bits & -bits

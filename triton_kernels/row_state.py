@@ -244,7 +244,7 @@ def bounds_of_row(row, per_row, offsets):
 @triton.jit
 def is_skipped(ids, begin, end, ignore_index):
     """Whether a row has selected tokens and all of them are ignored. Stops at the first that is not."""
-    kept = 0
+    kept = tl.full([], 0, tl.int32)
     at = begin
     while (kept == 0) & (at < end):
         j = at + tl.arange(0, 32)
