@@ -16,6 +16,8 @@ from torch import Tensor
 VECTOR_BYTES = 16
 SEGMENT_BYTES = 64 << 10
 MAX_SEGMENTS = 64
+# Warps of a program that looks at a whole row twice: as few such programs as fill a multiprocessor (softmax.py).
+ROW_WARPS = 16
 # Sums of up to 8 temperatures (four registers each) stay in registers beside a tile of 32 numbers; more take another read.
 MAX_GROUP = 8
 

@@ -92,12 +92,61 @@ def top_of(values, first_vector, LANES: tl.constexpr, VECTOR: tl.constexpr, UNRO
 
 @triton.jit
 def add_exponentials(total, values, top, old, c):
-    """Running sum 2^(c (z - max)) of each lane, moved from the maximum ``old`` to ``top``."""
-    shift = tl.maximum((old - top) * c, LOWEST_SHIFT)
-    sum0 = tl.exp2(tl.maximum((values[0] - top) * c, LOWEST_EXPONENT))
+    """Running sum 2^(c (z - max)) of each lane, moved from the maximum ``old`` to ``top``.
+
+    Nothing is clamped, so that a NaN or +inf makes the sum NaN: there is no other mark of it where only this is summed.
+    """
+    here = tl.exp2((values[0] - top) * c)
     for i in tl.static_range(1, len(values)):
-        sum0 += tl.exp2(tl.maximum((values[i] - top) * c, LOWEST_EXPONENT))
-    return tl.fma(tl.exp2(shift), total, sum0)
+        here += tl.exp2((values[i] - top) * c)
+    return tl.fma(tl.exp2(tl.maximum((old - top) * c, LOWEST_SHIFT)), total, here)
+
+
+@triton.jit
+def segment_normalisers(
+    pointer, count, c, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+):
+    """Maximum of a segment, and for each of the temperatures ``c`` the sum 2^(c (z - max)); float32 scalars."""
+    TILE: tl.constexpr = LANES * VECTOR * UNROLL
+    top = tl.full([LANES], -float("inf"), tl.float32)
+    sums = ()
+    for _ in tl.static_range(len(c)):
+        sums = sums + (tl.zeros([LANES], tl.float32),)
+    whole = count // TILE * TILE
+    for at in tl.range(0, whole, TILE):
+        top, sums = add_normalisers(top, sums, load_tile(pointer + at, LANES, VECTOR, UNROLL), c)
+    if whole < count:
+        top, sums = add_normalisers(
+            top, sums, load_tail(pointer + whole, count - whole, LANES, VECTOR, UNROLL), c
+        )
+    highest = tl.max(top, 0)
+    out = ()
+    for g in tl.static_range(len(c)):
+        shift = (tl.maximum(top, LOWEST) - tl.maximum(highest, LOWEST)) * c[g]
+        out = out + (tl.sum(tl.exp2(tl.maximum(shift, LOWEST_SHIFT)) * sums[g], 0),)
+    return highest, out
+
+
+@triton.jit
+def add_normalisers(top, sums, values, c):
+    old = tl.maximum(top, LOWEST)
+    for i in tl.static_range(len(values)):
+        top = tl.maximum(top, values[i])
+    new = tl.maximum(top, LOWEST)
+    out = ()
+    for g in tl.static_range(len(c)):
+        out = out + (add_exponentials(sums[g], values, new, old, c[g]),)
+    return top, out
+
+
+@triton.jit
+def merge_normalisers(top, total, other_top, other, c):
+    """Maximum and sum (float64) of two neighbouring subsets of a row; c in float64."""
+    new = tl.maximum(top, other_top)
+    safe = tl.maximum(new, LOWEST).to(tl.float64)
+    mine = tl.exp2(tl.maximum((tl.maximum(top, LOWEST).to(tl.float64) - safe) * c, LOWEST_SHIFT))
+    theirs = tl.exp2(tl.maximum((tl.maximum(other_top, LOWEST).to(tl.float64) - safe) * c, LOWEST_SHIFT))
+    return new, tl.fma(total, mine, other.to(tl.float64) * theirs)
 
 
 @triton.jit
