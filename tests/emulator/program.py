@@ -36,7 +36,7 @@ from .parser import (
 assert opcodes  # importing the package registers every handler
 
 BARRIERS = ("bar", "barrier")
-CONVERGING = ("shfl", "vote", "redux", "match", "elect", "activemask")
+CONVERGING = ("shfl", "vote", "redux", "match", "elect", "activemask", "ldmatrix", "stmatrix", "mma")
 
 
 @dataclass
@@ -213,18 +213,19 @@ def _positions(mask: int) -> list[int]:
 
 
 CLASSES = {
-    **dict.fromkeys(("ld", "ldu", "st", "atom", "red", "cp", "prefetch"), "memory"),
+    **dict.fromkeys(("ld", "ldu", "st", "atom", "red", "cp", "prefetch", "ldmatrix", "stmatrix"), "memory"),
     **dict.fromkeys(("ex2", "lg2", "rcp", "rsqrt", "sin", "cos", "tanh"), "special"),
     **dict.fromkeys(("shfl", "vote", "redux", "match", "elect", "activemask", *BARRIERS), "communication"),
     **dict.fromkeys(("bra", "ret", "exit", "call", "trap"), "control"),
     **dict.fromkeys(("mov", "cvta"), "move"),
     **dict.fromkeys(("setp", "selp", "set", "slct"), "select"),
     "cvt": "convert",
+    "mma": "matrix",
 }
 
 
 def opcode_class(instruction: Instruction) -> str:
-    """memory, special, communication, control, move, select, convert, float or integer; ex2 is counted on its own as well."""
+    """memory, special, communication, control, move, select, convert, matrix, float or integer."""
     if instruction.name in CLASSES:
         return CLASSES[instruction.name]
     types = [modifier for modifier in instruction.modifiers if modifier in DTYPES]

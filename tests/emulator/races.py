@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .formats import Array
-from .lanes import WARP
 
 if TYPE_CHECKING:
     from .executor import Batch
@@ -129,36 +128,30 @@ class Races:
     def _acquire(self, unit: int, known: np.ndarray) -> None:
         self.acquired[unit] = np.maximum(self.acquired[unit], known) if unit in self.acquired else known
 
-    def observe(self, lanes: Lanes, active: Array, buffer: Allocation, words: Array, acquire: bool) -> None:
-        """A strong read: what was released at the address is seen at once (.acquire), or at the next fence."""
-        for unit, place in self._places(lanes, active, buffer, words):
+    def synchronise(
+        self, lanes: Lanes, active: Array, buffer: Allocation, words: Array, write: bool, release: bool, acquire: bool
+    ) -> None:
+        """Strong accesses, in the order in which they take their turns: each sees what those before it released there.
+
+        A read sees it at once (.acquire) or at its next fence; a write releases what its warp knows (.release), or what that
+        knew at its last fence.
+        """
+        if self.units == self.per_cta:  # one CTA: nobody to synchronise with
+            return
+        batch = lanes.batch
+        units = batch.unit[lanes.everyone[active]]
+        for unit, word in zip(units.tolist(), words.tolist()):
+            place = (buffer.base, word)
             known = self.published.get(place)
-            if known is None:
-                continue
-            if acquire:
+            if known is not None and acquire:
                 self._acquire(unit, known)
-            else:
+            elif known is not None:
                 self.unfenced[unit] = np.maximum(self.unfenced[unit], known) if unit in self.unfenced else known
-
-    def publish(self, lanes: Lanes, active: Array, buffer: Allocation, words: Array, release: bool) -> None:
-        """A strong write: it releases what the warp knows (.release), or what it knew at its last fence."""
-        units = set()
-        for unit, place in self._places(lanes, active, buffer, words):
-            given = self._knowledge(lanes.batch, unit) if release else self.fenced.get(unit)
+            given = (self._knowledge(batch, unit) if release else self.fenced.get(unit)) if write else None
             if given is not None:
-                self.published[place] = np.maximum(self.published[place], given) if place in self.published else given
-                units.add(unit)
-        if release:
-            self.clock[sorted(units)] += 1
-
-    def _places(
-        self, lanes: Lanes, active: Array, buffer: Allocation, words: Array
-    ) -> list[tuple[int, tuple[int, int]]]:
-        """Warps and addresses, in order, each pair once; nothing where there is only one CTA."""
-        if self.units == self.per_cta:
-            return []
-        units = lanes.batch.unit[lanes.everyone[active]]
-        return [(unit, (buffer.base, word)) for unit, word in sorted(set(zip(units.tolist(), words.tolist())))]
+                self.published[place] = np.maximum(given, known) if known is not None else given
+            if release:
+                self.clock[unit] += 1
 
     # --- checks
 
@@ -185,8 +178,14 @@ class Races:
         granules: Array,
         kind: str,
         place: str,
+        unchanged: Array | None = None,
     ) -> None:
-        """``unit`` and ``granules`` have one entry for each granule touched."""
+        """``unit`` and ``granules`` have one entry for each granule touched.
+
+        ``unchanged`` marks writes of what is there already. They race with nothing: Triton lets several warps store one value.
+        """
+        if unchanged is not None and unchanged.any():
+            unit, granules = unit[~unchanged], granules[~unchanged]
         mine = unit + 1
         clock = self.clock[unit]
         writer = shadow.writer[granules]
@@ -207,7 +206,7 @@ class Races:
         shadow.writer[granules], shadow.writer_clock[granules] = signed, clock
         if kind == WRITE:
             lost = shadow.writer[granules] != signed
-            if lost.any():
+            if lost.any() and unchanged is None:
                 winner = np.abs(shadow.writer[granules]) - 1
                 self._judge(
                     instruction, lanes, unit, lost, winner, np.full(len(unit), 2**30, np.int32), kind, WRITE, place

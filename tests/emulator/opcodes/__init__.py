@@ -1,6 +1,19 @@
 """One module for each group of opcodes; importing this package registers them all."""
 
-from . import approximate, async_copy, atomics, bits, control, convert, floating, integer, memory_access, moves, warp
+from . import (
+    approximate,
+    async_copy,
+    atomics,
+    bits,
+    control,
+    convert,
+    floating,
+    integer,
+    matrix,
+    memory_access,
+    moves,
+    warp,
+)
 
 __all__ = [
     "approximate",
@@ -11,6 +24,7 @@ __all__ = [
     "convert",
     "floating",
     "integer",
+    "matrix",
     "memory_access",
     "moves",
     "warp",

@@ -188,6 +188,7 @@ def _apply(
     ):
         positions = np.arange(len(address)) if good is None else good
         here = positions if active is None else active[positions]
+        order = _order(lanes, len(words))
         race_check(instruction, lanes, here, buffer, words, size, ATOMIC)
         if buffer.initialised is not None:
             if (buffer.words("initialised", size)[words] == 0).any():
@@ -196,12 +197,9 @@ def _apply(
                 )
             buffer.initialised[(words[:, None] * size + np.arange(size)).ravel()] = 1
         if machine.races is not None:
-            machine.races.observe(lanes, here, buffer, words, acquire)
-            machine.races.publish(lanes, here, buffer, words, release)
+            machine.races.synchronise(lanes, here[order], buffer, words[order], True, release, acquire)
         part = tuple(value[positions] for value in values)
-        found[positions] = take_turns(
-            buffer.words("raw", size).view(dtype), words, part, combine, _order(lanes, len(words))
-        )
+        found[positions] = take_turns(buffer.words("raw", size).view(dtype), words, part, combine, order)
         buffer.traffic.atomics += len(words)
         moved = merged_bytes(lanes, here, address[positions], size)
         buffer.traffic.loaded += moved

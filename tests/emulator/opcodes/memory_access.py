@@ -121,7 +121,13 @@ def race_check(
 
 
 def shared_race_check(
-    instruction: Instruction, lanes: Lanes, active: Array | None, words: Array, size: int, kind: str
+    instruction: Instruction,
+    lanes: Lanes,
+    active: Array | None,
+    words: Array,
+    size: int,
+    kind: str,
+    unchanged: Array | None = None,
 ) -> None:
     races, batch = lanes.machine.races, lanes.batch
     if races is None or batch.shared_shadow is None:
@@ -129,8 +135,11 @@ def shared_race_check(
     granule = lanes.machine.program.shared_granule
     unit = units_of(lanes, active)
     repeat = max(size // granule, 1)
-    units = np.repeat(unit, repeat) if repeat > 1 else unit
-    races.check(instruction, lanes, units, batch.shared_shadow, expand(words, size, granule), kind, "shared memory")
+    if repeat > 1:
+        unit = np.repeat(unit, repeat)
+        unchanged = None if unchanged is None else np.repeat(unchanged, repeat)
+    granules = expand(words, size, granule)
+    races.check(instruction, lanes, unit, batch.shared_shadow, granules, kind, "shared memory", unchanged)
 
 
 class Access:
@@ -219,9 +228,8 @@ class Access:
                 machine.report(kind, self.instruction, text)
         race_check(self.instruction, lanes, active, buffer, words, size, ATOMIC if self.strong else READ)
         if self.strong and machine.races is not None:
-            acquires = self.instruction.has("acquire")
             positions = np.arange(lanes.count) if active is None else active
-            machine.races.observe(lanes, positions, buffer, words, acquires)
+            machine.races.synchronise(lanes, positions, buffer, words, False, False, self.instruction.has("acquire"))
 
     def _fetch_block(self, memory: Any, lanes: Lanes, active: Array | None, address: Array, regions: Array) -> Array:
         size, machine = self.word, lanes.machine
@@ -270,7 +278,9 @@ class Access:
             chosen, words = memory.resolve(self.instruction, lanes, active, address, region, size, "write")
             values = values if chosen is None else values[chosen]
             if space == "shared":
-                shared_race_check(self.instruction, lanes, _narrow(active, chosen), words, size, WRITE)
+                known = ~_differs(memory.words("written", size)[words], ONES[size])
+                same = known & ~_differs(memory.words("raw", size)[words], values)
+                shared_race_check(self.instruction, lanes, _narrow(active, chosen), words, size, WRITE, same)
                 machine.counters.shared_stored += len(words) * size
             memory.words("written", size)[words] = ONES[size]
             self._write(lanes, memory.words("raw", size), words, values, f"{space} memory")
@@ -288,7 +298,7 @@ class Access:
             race_check(self.instruction, lanes, here, buffer, words, size, ATOMIC if self.strong else WRITE)
             if self.strong and machine.races is not None:
                 positions = np.arange(lanes.count) if here is None else here
-                machine.races.publish(lanes, positions, buffer, words, self.instruction.has("release"))
+                machine.races.synchronise(lanes, positions, buffer, words, True, self.instruction.has("release"), False)
             self._write(lanes, buffer.words("raw", size), words, part, buffer.name)
             buffer.touch("stored", words, size)
             if buffer.initialised is not None:
