@@ -18,9 +18,19 @@ DTYPES: dict[str, np.dtype] = {
     for name, kind in {
         **{f"{letter}{bits}": f"u{bits // 8}" for letter in "bu" for bits in (8, 16, 32, 64)},
         **{f"s{bits}": f"i{bits // 8}" for bits in (8, 16, 32, 64)},
-        **{"f16": "f2", "f32": "f4", "f64": "f8", "pred": "?", "b128": "c16"},
-        **{"bf16": "u2", "f16x2": "u4", "bf16x2": "u4", "u16x2": "u4", "s16x2": "u4", "tf32": "u4"},
-        **{"e4m3x2": "u2", "e5m2x2": "u2"},
+        "f16": "f2",
+        "f32": "f4",
+        "f64": "f8",
+        "pred": "?",
+        "b128": "c16",
+        "bf16": "u2",
+        "f16x2": "u4",
+        "bf16x2": "u4",
+        "u16x2": "u4",
+        "s16x2": "u4",
+        "tf32": "u4",
+        "e4m3x2": "u2",
+        "e5m2x2": "u2",
     }.items()
 }
 UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}

@@ -85,6 +85,9 @@ class LoadedModule:
                 values.append(0)
             elif known and isinstance(argument, int) and variable_size == 8:
                 values.append(buffers.translate(argument))
+            elif known and isinstance(argument, bytes):  # a struct: pointers lie at multiples of 8
+                words = [argument[i : i + 8] for i in range(0, len(argument), 8)]
+                values.append(b"".join(_translated(buffers, word) for word in words))
             else:
                 values.append(argument)
         machine = Machine(
@@ -98,6 +101,10 @@ class LoadedModule:
         )
         counters = machine.run()
         return Launch(kernel, machine.grid, machine.block, counters, machine.reports)
+
+
+def _translated(buffers: Buffers, word: bytes) -> bytes:
+    return word if len(word) < 8 else buffers.translate(int.from_bytes(word, "little")).to_bytes(8, "little")
 
 
 def _three(extents: Sequence[int]) -> Extent:

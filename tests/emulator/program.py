@@ -129,7 +129,7 @@ class Program:
             for instruction in block.instructions:
                 block.counts[opcode_class(instruction)] += 1
 
-    def _decode(self, instruction: Instruction) -> Operation | None | Unsupported:
+    def _decode(self, instruction: Instruction) -> Operation | Unsupported | None:
         if _ends_block(instruction):
             return None
         try:
@@ -188,7 +188,7 @@ class Program:
         return [] if block.kind == "exit" and always else [block.following]
 
 
-def _flow(instruction: Instruction, operation: Operation | None | Unsupported) -> tuple[list[Register], list[Register]]:
+def _flow(instruction: Instruction, operation: Operation | Unsupported | None) -> tuple[list[Register], list[Register]]:
     inputs = _registers(instruction.guard)
     if isinstance(operation, Operation):
         for operand, _ in operation.arguments:
@@ -235,7 +235,7 @@ def opcode_class(instruction: Instruction) -> str:
 class _Compiler:
     """Python source for one block, from its operations."""
 
-    def __init__(self, program: Program, block: Block, operations: list[Operation | None | Unsupported]) -> None:
+    def __init__(self, program: Program, block: Block, operations: list[Operation | Unsupported | None]) -> None:
         self.program, self.block, self.operations = program, block, operations
         self.lines: list[str] = []
         self.names: dict[str, Any] = {"where": np.where}
