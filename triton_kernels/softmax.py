@@ -47,7 +47,7 @@ def _value(z, top, b, inverse, log_s0, LOG: tl.constexpr):
 @triton.jit
 def _write_columns(
     source, target, begin, end, head, vocab, width, top, b, inverse, log_s0,
-    LOG: tl.constexpr, X_ALIGN: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+    LOG: tl.constexpr, X_ALIGN: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Columns [begin, end) of a row, last to first; padding is 0, or -inf for the logarithm."""
     columns = tl.arange(0, TILE)
@@ -70,7 +70,7 @@ def _write_columns(
         z = tl.load(read + at + columns).to(tl.float32)
         tl.store(body + at + columns, _value(z, top, b, inverse, log_s0, LOG).to(target.dtype.element_ty))
     if begin == 0:
-        short = tl.arange(0, VECTOR)
+        short = tl.arange(0, LANES)
         z = tl.load(source + short, mask=short < tl.minimum(head, vocab), other=-float("inf")).to(tl.float32)
         value = tl.where(short < vocab, _value(z, top, b, inverse, log_s0, LOG), padding)
         tl.store(target + short, value.to(target.dtype.element_ty), mask=short < tl.minimum(head, width))
@@ -102,7 +102,7 @@ def _rows(
     target = out + row * width
     _write_columns(
         source, target, 0, width, head_of(target, SIZE, VECTOR), vocab, width, top, b.to(tl.float32), inverse, log_s0,
-        LOG, X_ALIGN, VECTOR, TILE,
+        LOG, X_ALIGN, LANES, TILE,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def _merge(
 @triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "width", "temperature_stride", "chunks"])
 def _write(
     x, inner, outer_stride, inner_stride, out, logsumexp, vocab, width, temperature, temperature_stride, state, chunks,
-    LOG: tl.constexpr, X_ALIGN: tl.constexpr, SIZE: tl.constexpr, VECTOR: tl.constexpr,
+    LOG: tl.constexpr, X_ALIGN: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -172,7 +172,7 @@ def _write(
     begin, end = chunk_bounds(chunk, head, width, CHUNK)
     _write_columns(
         row_of(x, row, inner, outer_stride, inner_stride), target, begin, end, head, vocab, width,
-        tl.load(own), b.to(tl.float32), tl.load(own + 1), tl.load(own + 2), LOG, X_ALIGN, VECTOR, TILE,
+        tl.load(own), b.to(tl.float32), tl.load(own + 1), tl.load(own + 2), LOG, X_ALIGN, LANES, TILE,
     )  # fmt: skip
 
 
@@ -227,5 +227,5 @@ def forward(
     chunks = -(-width // chunk)
     _write[(n_rows * chunks,)](
         logits, *layout[1:], out, logsumexp, vocab_size, width, temperature, stride, state, chunks,
-        VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **constants,
+        LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **constants,
     )  # fmt: skip

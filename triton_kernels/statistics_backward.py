@@ -190,7 +190,8 @@ def _gradient(
     x, inner, outer_stride, inner_stride,
     out, out_inner, out_outer_stride, out_inner_stride,
     vocab, width, terms, k_count, chunks,
-    X_ALIGN: tl.constexpr, SIZE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    X_ALIGN: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // chunks
@@ -207,8 +208,8 @@ def _gradient(
             value = tl.where(at + columns < vocab, fill, 0.0)
             tl.store(target + at + columns, value.to(out.dtype.element_ty), mask=at + columns < end)
     else:
-        if begin == 0:
-            short = tl.arange(0, VECTOR)
+        if begin == 0:  # a thread each: replicated over warps, one could read what another has replaced already
+            short = tl.arange(0, LANES)
             z = tl.load(source + short, mask=short < tl.minimum(head, vocab), other=-float("inf")).to(tl.float32)
             value = tl.where(short < vocab, _gradient_of(z, terms, k_count), 0.0)
             tl.store(target + short, value.to(out.dtype.element_ty), mask=short < tl.minimum(head, width))
@@ -289,7 +290,7 @@ def backward(
     _gradient[(n_rows * chunks,)](
         logits, *layout[1:], out, *out_layout[1:], vocab_size, width, terms, k, chunks,
         X_ALIGN=launch.relative_alignment(logits, layout, out, out_layout), SIZE=logits.element_size(),
-        VECTOR=cut.vector, TILE=cut.tile, CHUNK=chunk, num_warps=cut.warps,
+        LANES=cut.lanes, VECTOR=cut.vector, TILE=cut.tile, CHUNK=chunk, num_warps=cut.warps,
     )  # fmt: skip
     _scatter[(n_rows,)](
         out, *out_layout[1:], per_row, offsets, columns, values, top_columns, top_values, TOKENS=32, num_warps=1
