@@ -236,7 +236,7 @@ class _Job:
     def run(self, logits: Tensor, gradient: Tensor | None) -> Tensor:
         """The reduced loss; writes the gradient where one is given: the logits themselves, or a contiguous tensor."""
         remembers = isinstance(self.loss_fn, TokenLoss) and type(self.loss_fn).observe is not TokenLoss.observe
-        kernel = resolve(self.settings.backend, logits.device) != "eager"
+        kernel = resolve(self.settings.backend, logits.device, logits.dtype) != "eager"
         chunk = _kernel_chunk if kernel else _eager_chunk
         scale = self._scale(logits) if gradient is not None else None
         losses, log_probs = [], []
@@ -329,9 +329,10 @@ def _kernel_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Through the kernels: forward, autograd on the few numbers per row alone, backward while the rows are in cache."""
     target, width, ignore = job.target[part], job.width, job.settings.ignore_index
+    backend = resolve(job.settings.backend, rows.device, rows.dtype)
     temperature = job.temperatures if job.temperatures.shape[0] == 1 else job.temperatures[part]
     packed, scalars, log_prob, argmax, _, _, _, saved = torch.ops.fastcalib.statistics(
-        rows, temperature, target, 1, None, width, ignore, False
+        rows, temperature, target, 1, None, width, ignore, False, backend
     )
     small = (packed, scalars, log_prob)
     with torch.set_grad_enabled(out is not None):
@@ -352,7 +353,7 @@ def _kernel_chunk(
             upstream = tuple(torch.zeros_like(t) for t in small)
         backward_into(
             out, upstream[0], upstream[1], upstream[2], rows, temperature, target, 1, None,
-            packed.detach(), scalars.detach(), saved, width, ignore,
+            packed.detach(), scalars.detach(), saved, width, ignore, argmax, backend,
         )  # fmt: skip
     return loss.detach(), selected.detach()
 
