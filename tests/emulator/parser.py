@@ -1,8 +1,8 @@
 """PTX text to typed instructions.
 
-PTX ISA, "Syntax" and "Kernel and Function Directives". Understood: entry points with their parameters, registers (families such as
-``%r<12>`` and single names in nested scopes, which Triton's inline assembly opens), shared, local, global and constant variables,
-labels. Line tables, pragmas and debug sections are skipped.
+PTX ISA, "Syntax" and "Kernel and Function Directives". Understood: entry points with their parameters, registers
+(families such as ``%r<12>`` and single names in nested scopes, which Triton's inline assembly opens), shared, local,
+global and constant variables, labels. Line tables, pragmas and debug sections are skipped.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Vector:
     elements: tuple[Operand, ...]
 
 
-Operand = Union[Register, Negated, Special, Immediate, Symbol, Sink, Address, Vector]
+Operand = Union[Register, Negated, Special, Immediate, Symbol, Sink, Address, Vector]  # noqa: UP007 (recursive)
 
 
 @dataclass

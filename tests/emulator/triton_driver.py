@@ -4,10 +4,11 @@
         kernel[grid](cpu_tensor, ...)
     run.launches[-1].counters
 
-Triton specialises on what it is given: pointers divisible by 16, integers equal to 1 or divisible by 16. CPU tensors of torch are
-aligned to 64 bytes as CUDA's are to 256, so a launch here compiles what a launch there would. Compiled kernels are cached by Triton
-for each device number: the architecture serves as that number, so that sm_80 and sm_90 never meet. ptxas runs as part of the
-compilation; what it makes of the PTX is not executed. Nothing of this has been compared with a real GPU.
+Triton specialises on what it is given: pointers divisible by 16, integers equal to 1 or divisible by 16. CPU tensors
+of torch are aligned to 64 bytes as CUDA's are to 256, so a launch here compiles what a launch there would. Compiled
+kernels are cached by Triton for each device number: the architecture serves as that number, so that sm_80 and sm_90
+never meet. ptxas runs as part of the compilation; what it makes of the PTX is not executed. Nothing of this has been
+compared with a real GPU.
 """
 
 from __future__ import annotations

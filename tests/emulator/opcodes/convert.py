@@ -1,4 +1,7 @@
-"""Conversions. PTX ISA, "Data Movement and Conversion Instructions: cvt" with its tables of rounding modes, and `cvta`."""
+"""Conversions.
+
+PTX ISA, "Data Movement and Conversion Instructions: cvt" with its tables of rounding modes, and `cvta`.
+"""
 
 from __future__ import annotations
 

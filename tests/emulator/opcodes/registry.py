@@ -1,8 +1,9 @@
 """What an instruction does, as a function of typed NumPy arrays.
 
-A handler is registered for an opcode, for the types it serves, and turns an instruction into an `Operation`: which operands are
-read and written as which types, and a function in between. The function sees all lanes at once and knows nothing of registers or
-guards. With ``needs_lanes`` it is also given the lanes that run and the guard (a bool array, or None for all).
+A handler is registered for an opcode, for the types it serves, and turns an instruction into an `Operation`: which
+operands are read and written as which types, and a function in between. The function sees all lanes at once and knows
+nothing of registers or guards. With ``needs_lanes`` it is also given the lanes that run and the guard (a bool array,
+or None for all).
 """
 
 from __future__ import annotations
