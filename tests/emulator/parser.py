@@ -148,7 +148,7 @@ class Module:
 _QUALIFIER = r"(?:\.(?:extern|visible|weak|common)\s+)*"
 _ARRAY = r"(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s+(?P<name>[\w$%.]+)\s*(?P<extent>\[[^=;]*\])?"
 _MODULE_VARIABLE = re.compile(
-    rf"^\s*{_QUALIFIER}\.(?P<space>global|const|shared)\s+{_ARRAY}\s*(?:=\s*(?P<value>[^;]*))?;", re.M
+    rf"(?:^|(?<=;))\s*{_QUALIFIER}\.(?P<space>global|const|shared)\s+{_ARRAY}\s*(?:=\s*(?P<value>[^;]*))?;", re.M
 )
 _BODY_VARIABLE = re.compile(rf"\.(?P<space>shared|local|param)\s+{_ARRAY}\s*$")
 _ENTRY = re.compile(r"\.entry\s+(?P<name>[\w$.]+)\s*\((?P<parameters>[^)]*)\)[^{;]*\{")
