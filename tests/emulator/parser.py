@@ -92,6 +92,7 @@ class Instruction:
     line: int
     text: str
     scope: tuple[int, ...] = ()
+    error: str = ""  # why its operands cannot be read; raised where it is reached
 
     @property
     def type(self) -> str:
@@ -257,10 +258,14 @@ class _Body:
                 raise Unsupported(f"line {line}: cannot read `{text}`")
             name, *modifiers = match["opcode"].split(".")
             guard = self.operand(match["guard"].replace(" ", "")) if match["guard"] else None
-            operands = [] if name == "call" else [self.operand(part) for part in _split(match["operands"])]
             assert guard is None or isinstance(guard, (Register, Negated))
+            operands, error = [], ""
+            try:
+                operands = [] if name == "call" else [self.operand(part) for part in _split(match["operands"])]
+            except Unsupported as problem:
+                error = str(problem)
             self.kernel.instructions.append(
-                Instruction(name, tuple(modifiers), operands, guard, line, text, self.scope)
+                Instruction(name, tuple(modifiers), operands, guard, line, text, self.scope, error)
             )
 
     def declare_registers(self, text: str) -> None:
