@@ -38,8 +38,8 @@ def _is_dense(tensor: torch.Tensor, size: int) -> bool:
 class Buffers:
     """Collects the tensor arguments of a launch; each real address then has an emulated one.
 
-    What a kernel may touch is what the tensors given to it reach: beyond the last element, before the first, between the rows of a
-    strided view (``strict_views``) is out of bounds even where the storage goes on.
+    What a kernel may touch is what the tensors given to it reach: beyond the last element, before the first, between
+    the rows of a strided view (``strict_views``) is out of bounds even where the storage goes on.
     """
 
     def __init__(self, uninitialised: Uninitialised, strict_views: bool = True) -> None:

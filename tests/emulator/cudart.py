@@ -5,8 +5,9 @@
         assert run.call("launch_ranks", logits, out, rows, columns, None) == 0
     run.launches[-1].counters
 
-The launcher is real host code, linked against a stand-in for libcudart (cudart_stub.c) whose kernel launches come back to Python and
-run the module's PTX; buffers are CPU tensors. ptxas and the code it makes are not part of it; nothing has been compared with a GPU.
+The launcher is real host code, linked against a stand-in for libcudart (cudart_stub.c) whose kernel launches come
+back to Python and run the module's PTX; buffers are CPU tensors. ptxas and the code it makes are not part of it;
+nothing has been compared with a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _Callback = ctypes.CFUNCTYPE(
 
 
 def find_nvcc() -> Path | None:
-    """$NVCC, the PyPI package nvidia-cuda-nvcc of this interpreter, or what is on the PATH; None where there is no nvcc."""
+    """$NVCC, the PyPI package nvidia-cuda-nvcc of this interpreter, or nvcc on the PATH; None where there is none."""
     if os.environ.get("NVCC"):
         return Path(os.environ["NVCC"])
     with contextlib.suppress(ModuleNotFoundError, ValueError):
@@ -138,7 +139,7 @@ class Library:
 
     @contextlib.contextmanager
     def run(self, *, multiprocessors: int = 132, sm: int = 90, **options: Any) -> Iterator[CudaRun]:
-        """Launches inside the block run here. Options: `machine.Options`; ``multiprocessors`` is what the device reports."""
+        """Launches inside the block run here, with `machine.Options`; ``multiprocessors`` is what the device reports."""
         run = CudaRun(self, Options(**options))
         shared = {80: 166912, 86: 101376, 89: 101376, 120: 101376}.get(sm, 232448)
         self.runtime.stub_set_device(multiprocessors, sm // 10, sm % 10, shared)
@@ -169,7 +170,8 @@ class CudaRun:
         return ctypes.c_void_p(tensor.data_ptr())
 
     def call(self, function: str, *arguments: Any, names: Sequence[str] = ()) -> int:
-        """Call a launcher: tensors as pointers, ints as 64-bit integers (right for narrower parameters too), floats as float.
+        """Call a launcher: tensors as pointers, ints as 64-bit integers (right for narrower parameters too), floats
+        as float.
 
         Anything else is passed as ctypes says (``ctypes.c_double(...)``). A fault of the emulation is raised here.
         """

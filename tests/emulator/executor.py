@@ -1,10 +1,11 @@
 """Runs the CTAs of a batch in step: which threads go next, where they part and meet, and barriers.
 
-PTX ISA, "Parallel Synchronization and Communication Instructions: bar, barrier" and "Control Flow Instructions". Threads at one block
-form a group; the group of the earliest block goes first, so that threads which parted meet again where their paths do. A block with
-warp-wide instructions waits for the rest of its warps as long as anybody else can run. Threads that spin do not starve the others:
-from time to time the group that has waited longest goes. CTAs of later batches start when earlier ones have ended, so a kernel in
-which a CTA waits for a later one does not end here (``max_steps``).
+PTX ISA, "Parallel Synchronization and Communication Instructions: bar, barrier" and "Control Flow Instructions".
+Threads at one block form a group; the group of the earliest block goes first, so that threads which parted meet again
+where their paths do. A block with warp-wide instructions waits for the rest of its warps as long as anybody else can
+run. Threads that spin do not starve the others: from time to time the group that has waited longest goes. CTAs of
+later batches start when earlier ones have ended, so a kernel in which a CTA waits for a later one does not end here
+(``max_steps``).
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ class Batch:
         self.registers[register] = whole
 
     def _unblock(self) -> None:
-        """Everybody who is left waits: let go the barriers that only exited threads hold up, or say that it is a deadlock."""
+        """Everybody left waits: let go the barriers that only exited threads hold up, or say that it is a deadlock."""
         for (cta, number), waiting in list(self.waiting.items()):
             if waiting.expected is None and waiting.arrived >= int(self.alive_in_cta[cta]):
                 self._release(cta, number)

@@ -1,8 +1,8 @@
 """PTX types as NumPy dtypes, and the roundings that NumPy does not have.
 
-PTX ISA, "Fundamental Types", "Packed Floating Point Data Types" and "Alternate Floating-Point Data Formats". bf16 lives in
-uint16, packed pairs in uint32 (the element of the lower index in the lower half), a .b128 in complex128: NumPy copies those
-16 bytes at once and never looks at them.
+PTX ISA, "Fundamental Types", "Packed Floating Point Data Types" and "Alternate Floating-Point Data Formats". bf16
+lives in uint16, packed pairs in uint32 (the element of the lower index in the lower half), a .b128 in complex128:
+NumPy copies those 16 bytes at once and never looks at them.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def sum_odd(a: Array, b: Array) -> Array:
 def fma_f32(a: Array, b: Array, c: Array) -> Array:
     """float32 a * b + c with one rounding.
 
-    The product of two float32 is exact in float64. Rounding the sum to float64 and then to float32 errs only where the float64
-    sum lies exactly between two float32 (or is subnormal there): those lanes are few and go through round-to-odd.
+    The product of two float32 is exact in float64. Rounding the sum to float64 and then to float32 errs only where
+    the float64 sum lies exactly between two float32 (or is subnormal there): those lanes are few and go through
+    round-to-odd.
     """
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.asarray(c, np.float64)

@@ -1,9 +1,9 @@
 """Global, shared and local memory, with everything that must hold about an access.
 
-Global buffers are the caller's own memory, seen under emulated addresses: 2^40 bytes apart, so that no wrong index reaches another
-buffer, and equal to the real address modulo 4096, so that alignment is the real one. Reading or writing outside of what the launch
-was given, a vector access that is not aligned to its size, a read of bytes nobody has written, are reports; such lanes read zeros
-and write nothing.
+Global buffers are the caller's own memory, seen under emulated addresses: 2^40 bytes apart, so that no wrong index
+reaches another buffer, and equal to the real address modulo 4096, so that alignment is the real one. Reading or
+writing outside of what the launch was given, a vector access that is not aligned to its size, a read of bytes nobody
+has written, are reports; such lanes read zeros and write nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ POISON_BYTES = np.frombuffer(POISON.tobytes() * 8, np.uint8)
 
 @dataclass
 class Traffic:
-    """Bytes that a launch moved to or from one buffer: lanes of a warp at one address count once, as hardware merges them."""
+    """Bytes moved to or from one buffer: lanes of a warp at one address count once, as hardware merges them."""
 
     loaded: int = 0
     stored: int = 0
@@ -47,7 +47,7 @@ class Traffic:
 
 @dataclass
 class Allocation:
-    """One buffer. ``raw`` begins at the aligned address below ``base``, so that an index by words is an aligned address."""
+    """One buffer. ``raw`` begins at the aligned address below ``base``: a word index is then an aligned address."""
 
     name: str
     base: int
@@ -68,7 +68,8 @@ class Allocation:
         self._words: dict[tuple[str, int], np.ndarray] = {}
         self.loaded = np.zeros(len(self.raw), np.uint8)  # 1 for each byte touched
         self.stored = np.zeros(len(self.raw), np.uint8)
-        # Of a very large buffer only the chunks touched are looked at in the end (a page of zeros costs nothing till then).
+        # Of a very large buffer only the chunks touched are looked at in the end (a page of zeros costs nothing till
+        # then).
         self.chunks = np.zeros(len(self.raw) // CHUNK + 1, bool) if len(self.raw) > 256 * CHUNK else None
 
     def words(self, which: str, size: int) -> np.ndarray:
@@ -198,7 +199,7 @@ def _first(lanes: Lanes, active: Array | None, chosen: Array) -> str:
 
 
 class BlockMemory:
-    """Shared memory of every CTA of a batch, or local memory of every thread: one region each, with bounds and written bytes."""
+    """Shared memory of each CTA of a batch, or local memory of each thread: bounds, and bytes written so far."""
 
     def __init__(self, kind: str, regions: int, size: int) -> None:
         self.kind, self.size = kind, size

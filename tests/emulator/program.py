@@ -1,8 +1,8 @@
 """A kernel as basic blocks, each compiled once to a Python function of NumPy operations.
 
-Inside a block a register is a local variable, held in whatever dtype it was last used as; only registers that a later block reads go
-back to the register file (backward liveness). A block is straight-line code for the lanes that are given: divergence is the
-executor's business, and a guard (@p) is the only mask inside a block.
+Inside a block a register is a local variable, held in whatever dtype it was last used as; only registers that a later
+block reads go back to the register file (backward liveness). A block is straight-line code for the lanes that are
+given: divergence is the executor's business, and a guard (@p) is the only mask inside a block.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Program:
             return error
 
     def _narrowest(self, *spaces: str) -> int:
-        """The narrowest access to a state space: the granule at which races are looked for. Generic accesses count for both."""
+        """The narrowest access to a state space, generic ones included: the granule at which races are looked for."""
         known = {"global", "shared", "shared::cta", "local", "param", "const", "param::func", "param::entry"}
         sizes = [4]
         for instruction in self.kernel.instructions:
@@ -253,6 +253,8 @@ class _Compiler:
             elif operation is not None:
                 self.emit(instruction, operation)
         for index in self.block.defines:
+            if index not in self.held:
+                continue  # the result of bar.red: the executor writes it
             self.lines.append(f"R[{index}] = {next(iter(self.held[index].values()))}")
         body = "\n ".join([*self.lines, f"return {result}"])
         exec(
@@ -297,7 +299,7 @@ class _Compiler:
             predicate = self.read(operands[-1], "pred")
             operands = operands[:-1]
         numbers = [self.read(operand, "u32") for operand in operands]
-        return f"({guard}, {', '.join((numbers + ['None', 'None'])[:2])}, {predicate})"
+        return f"({guard}, {', '.join(([*numbers, 'None', 'None'])[:2])}, {predicate})"
 
     def read(self, operand: Operand, ptx_type: str) -> str:
         if isinstance(operand, Register):

@@ -1,10 +1,11 @@
 """Race detection by happens-before, at the granularity of warps.
 
-Every warp has a clock that advances when it synchronises; a shadow of memory remembers who wrote and who read each granule, and when.
-Two accesses to one granule, one of them a write, race unless they are by one warp, both atomic, or ordered: by a barrier of the CTA
-(each warp knows up to which clock it has seen each other warp of its CTA) or, between CTAs, by a release and an acquire at the same
-address (PTX ISA, "Memory Consistency Model": an atomic releases if it says .release or .acq_rel or follows a fence, and acquires
-likewise). What is not seen: races inside one warp, whose lanes run in step here, and races on accesses narrower than a granule.
+Every warp has a clock that advances when it synchronises; a shadow of memory remembers who wrote and who read each
+granule, and when. Two accesses to one granule, one of them a write, race unless they are by one warp, both atomic, or
+ordered: by a barrier of the CTA (each warp knows up to which clock it has seen each other warp of its CTA) or,
+between CTAs, by a release and an acquire at the same address (PTX ISA, "Memory Consistency Model": an atomic releases
+if it says .release or .acq_rel or follows a fence, and acquires likewise). What is not seen: races inside one warp,
+whose lanes run in step here, and races on accesses narrower than a granule.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ READ, WRITE, ATOMIC = "read", "write", "atomic operation"
 
 @dataclass
 class Shadow:
-    """For each granule the last writer (warp + 1; negative for an atomic) and the last two different readers, with their clocks."""
+    """Of each granule the last writer (warp + 1; negative: atomic) and the last two different readers, with clocks."""
 
     writer: np.ndarray
     writer_clock: np.ndarray
@@ -133,8 +134,8 @@ class Races:
     ) -> None:
         """Strong accesses, in the order in which they take their turns: each sees what those before it released there.
 
-        A read sees it at once (.acquire) or at its next fence; a write releases what its warp knows (.release), or what that
-        knew at its last fence.
+        A read sees it at once (.acquire) or at its next fence; a write releases what its warp knows (.release), or
+        what that knew at its last fence.
         """
         if self.units == self.per_cta:  # one CTA: nobody to synchronise with
             return
@@ -182,7 +183,8 @@ class Races:
     ) -> None:
         """``unit`` and ``granules`` have one entry for each granule touched.
 
-        ``unchanged`` marks writes of what is there already. They race with nothing: Triton lets several warps store one value.
+        ``unchanged`` marks writes of what is there already. They race with nothing: Triton lets several warps store
+        one value.
         """
         if unchanged is not None and unchanged.any():
             unit, granules = unit[~unchanged], granules[~unchanged]

@@ -4,10 +4,11 @@
         kernel[grid](cpu_tensor, ...)
     run.launches[-1].counters
 
-Triton specialises on what it is given: pointers divisible by 16, integers equal to 1 or divisible by 16. CPU tensors of torch are
-aligned to 64 bytes as CUDA's are to 256, so a launch here compiles what a launch there would. Compiled kernels are cached by Triton
-for each device number: the architecture serves as that number, so that sm_80 and sm_90 never meet. ptxas runs as part of the
-compilation; what it makes of the PTX is not executed. Nothing of this has been compared with a real GPU.
+Triton specialises on what it is given: pointers divisible by 16, integers equal to 1 or divisible by 16. CPU tensors
+of torch are aligned to 64 bytes as CUDA's are to 256, so a launch here compiles what a launch there would. Compiled
+kernels are cached by Triton for each device number: the architecture serves as that number, so that sm_80 and sm_90
+never meet. ptxas runs as part of the compilation; what it makes of the PTX is not executed. Nothing of this has been
+compared with a real GPU.
 """
 
 from __future__ import annotations
@@ -177,15 +178,29 @@ class _Driver:
         self.utils.pending = Path(files[f"{name}.ptx"]).read_text()
 
 
+def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
+    """Triton's hook into its pipeline: called bare for a cache key, and with the stages to change them."""
+    if stages is None:
+        return "without ptxas", "without ptxas"
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
 @contextlib.contextmanager
-def triton(sm: int = 90, **options: Any) -> Iterator[Run]:
-    """Run Triton kernels here, compiled for sm_NN, until the block ends. Options: `machine.Options`."""
-    config = triton_language.runtime.driver
-    hooks = triton_language.knobs.runtime.kernel_load_start_hook
+def triton(sm: int = 90, *, ptxas: bool = True, **options: Any) -> Iterator[Run]:
+    """Run Triton kernels here, compiled for sm_NN, until the block ends. Options: `machine.Options`.
+
+    ``ptxas=False`` leaves out the last stage, whose product is not used and which takes half of the time to compile; such
+    kernels have a cache of their own.
+    """
+    config, knobs = triton_language.runtime.driver, triton_language.knobs.runtime
+    hooks, previous_stages = knobs.kernel_load_start_hook, knobs.add_stages_inspection_hook
     previous, previous_run = config._active, getattr(_Driver, "current", None)  # .active would create a driver
     driver = _Driver(sm)
     run = Run(Options(**options))
     hooks.add(driver.remember)
+    if not ptxas:
+        knobs.add_stages_inspection_hook = _without_ptxas
     config.set_active(driver)
     _Driver.current = run
     try:
@@ -193,6 +208,7 @@ def triton(sm: int = 90, **options: Any) -> Iterator[Run]:
             yield run
     finally:
         hooks.remove(driver.remember)
+        knobs.add_stages_inspection_hook = previous_stages
         config.set_active(previous)
         if previous_run is not None:
             _Driver.current = previous_run

@@ -1,8 +1,8 @@
 """Which bytes of torch.empty memory nobody has written yet.
 
-While a `Watch` is active, tensors from torch.empty and its relatives are filled with a pattern (a NaN in float32, float16 and
-bfloat16) and remembered. A kernel's store marks bytes as written; so does the host, noticed before a launch by bytes that no longer
-hold the pattern.
+While a `Watch` is active, tensors from torch.empty and its relatives are filled with a pattern (a NaN in float32,
+float16 and bfloat16) and remembered. A kernel's store marks bytes as written; so does the host, noticed before a
+launch by bytes that no longer hold the pattern.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Uninitialised:
         return tensor
 
     def written(self, tensor: torch.Tensor, start: int, length: int) -> np.ndarray | None:
-        """The written bytes of a range of the tensor's storage, from the aligned address below its start; None where all are."""
+        """The written bytes of a range of its storage, from the aligned address below ``start``; None where all are."""
         storage = tensor.untyped_storage()
         pointer = storage.data_ptr()
         record = self.records.get(pointer)

@@ -1,8 +1,9 @@
 """Division, roots and the functions of the special function unit: ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh.
 
-PTX ISA, "Floating Point Instructions". The .approx forms are computed in float64 and rounded once to float32: at most half an ulp
-from the truth, where hardware errs by the bound the PTX ISA documents. So a test of a kernel must allow that bound, and a launch
-with ``approx_ulp`` perturbs every approximate result, deterministically, by up to so many ulp (never beyond the bound).
+PTX ISA, "Floating Point Instructions". The .approx forms are computed in float64 and rounded once to float32: at most
+half an ulp from the truth, where hardware errs by the bound the PTX ISA documents. So a test of a kernel must allow
+that bound, and a launch with ``approx_ulp`` perturbs every approximate result, deterministically, by up to so many
+ulp (never beyond the bound).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Asynchronous copies from global to shared memory by the threads themselves.
 
-PTX ISA, "Data Movement and Conversion Instructions: cp.async, cp.async.commit_group, cp.async.wait_group, cp.async.wait_all". The copy
-happens at once; what may not be read before the wait is not tracked, only the barrier that makes it visible to other warps is.
+PTX ISA, "Data Movement and Conversion Instructions: cp.async, cp.async.commit_group, cp.async.wait_group,
+cp.async.wait_all". The copy happens at once; what may not be read before the wait is not tracked, only the barrier
+that makes it visible to other warps is.
 """
 
 from __future__ import annotations

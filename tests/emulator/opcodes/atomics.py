@@ -1,12 +1,14 @@
 """Atomic operations on global and shared memory.
 
-PTX ISA, "Parallel Synchronization and Communication Instructions: atom, red". Lanes that meet at one address take turns, in an order
-drawn from the launch's ``shuffle_seed`` (ascending without one): a kernel whose result depends on it gives another result for
-another seed. Scopes are not told apart; .release, .acquire and .acq_rel order accesses for the race detector (races.py).
+PTX ISA, "Parallel Synchronization and Communication Instructions: atom, red". Lanes that meet at one address take
+turns, in an order drawn from the launch's ``shuffle_seed`` (ascending without one): a kernel whose result depends on
+it gives another result for another seed. Scopes are not told apart; .release, .acquire and .acq_rel order accesses
+for the race detector (races.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -86,7 +88,7 @@ def take_turns(memory: Array, words: Array, values: tuple[Array, ...], combine: 
     found = np.zeros(len(words), memory.dtype)
     by_rank = np.argsort(rank, kind="stable")
     edges = np.flatnonzero(np.r_[True, np.diff(rank[by_rank]) > 0, True])
-    for begin, end in zip(edges[:-1], edges[1:]):
+    for begin, end in itertools.pairwise(edges):
         turn = sequence[by_rank[begin:end]]
         old = memory[words[turn]]
         found[turn] = old

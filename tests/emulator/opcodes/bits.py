@@ -1,7 +1,7 @@
 """Logic, shifts and bit fields.
 
-PTX ISA, "Logic and Shift Instructions"; `bfe`, `bfi`, `popc`, `clz`, `bfind`, `brev`, `fns`, `bmsk` of "Integer Arithmetic
-Instructions"; `prmt` of "Data Movement and Conversion Instructions".
+PTX ISA, "Logic and Shift Instructions"; `bfe`, `bfi`, `popc`, `clz`, `bfind`, `brev`, `fns`, `bmsk` of "Integer
+Arithmetic Instructions"; `prmt` of "Data Movement and Conversion Instructions".
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Calls, fences and instructions that mean nothing here. Branches, returns and barriers end a block: see executor.py.
 
-PTX ISA, "Control Flow Instructions: call", "Parallel Synchronization and Communication Instructions: membar, fence, griddepcontrol",
-"Miscellaneous Instructions: nanosleep, pmevent, setmaxnreg, brkpt". Two functions may be called: __assertfail ends the launch with a
-report, vprintf prints nothing.
+PTX ISA, "Control Flow Instructions: call", "Parallel Synchronization and Communication Instructions: membar, fence,
+griddepcontrol", "Miscellaneous Instructions: nanosleep, pmevent, setmaxnreg, brkpt". Two functions may be called:
+__assertfail ends the launch with a report, vprintf prints nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ def call(instruction: Instruction) -> Operation | None:
     def fail(lanes: Lanes, mask: Array | None) -> None:
         active = active_lanes(lanes, mask)
         if active is None or len(active):
-            first = 0 if active is None else int(active[0])
-            raise lanes.machine.fail(
-                f"{instruction}: device-side assertion failed, {lanes.machine.name_thread(lanes, first)}"
-            )
+            who = lanes.machine.name_thread(lanes, 0 if active is None else int(active[0]))
+            raise lanes.machine.fail(f"{instruction}: device-side assertion failed, {who}")
 
     return Operation(fail, (), (), needs_lanes=True)
 

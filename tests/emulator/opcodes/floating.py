@@ -1,8 +1,9 @@
 """Float arithmetic in f32, f64, f16 and bf16, and the packed pairs f16x2 and bf16x2.
 
-PTX ISA, "Floating Point Instructions", "Half Precision Floating Point Instructions". Results are those of IEEE 754 with the
-instruction's rounding; the payload of a NaN is not modelled. A binary16 or bfloat16 operation is computed in float32 and rounded
-once more, which is exact for + - * (24 >= 2 * 11 + 2 bits); fma goes through round-to-odd (formats.py).
+PTX ISA, "Floating Point Instructions", "Half Precision Floating Point Instructions". Results are those of IEEE 754
+with the instruction's rounding; the payload of a NaN is not modelled. A binary16 or bfloat16 operation is computed in
+float32 and rounded once more, which is exact for + - * (24 >= 2 * 11 + 2 bits); fma goes through round-to-odd
+(formats.py).
 """
 
 from __future__ import annotations

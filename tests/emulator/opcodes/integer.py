@@ -1,4 +1,8 @@
-"""Integer arithmetic. PTX ISA, "Integer Arithmetic Instructions" and "Extended-Precision Integer Arithmetic Instructions"."""
+"""Integer arithmetic.
+
+PTX ISA, "Integer Arithmetic Instructions". The carry flag of "Extended-Precision Integer Arithmetic Instructions" is not
+implemented.
+"""
 
 from __future__ import annotations
 

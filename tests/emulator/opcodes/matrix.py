@@ -1,8 +1,8 @@
 """Matrix fragments of a warp.
 
-PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions: ldmatrix, stmatrix, mma.sync" with the fragment layouts of
-m16n8k4, k8 and k16. Products are summed in float64 and rounded once: tensor cores sum in another order with fewer bits, so
-a test must allow for that. wgmma and tcgen05 are not implemented.
+PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions: ldmatrix, stmatrix, mma.sync" with the fragment layouts
+of m16n8k4, k8 and k16. Products are summed in float64 and rounded once: tensor cores sum in another order with fewer
+bits, so a test must allow for that. wgmma and tcgen05 are not implemented.
 """
 
 from __future__ import annotations

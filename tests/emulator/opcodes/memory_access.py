@@ -1,8 +1,9 @@
 """Loads and stores in every state space, vectors and .b128 included.
 
-PTX ISA, "Data Movement and Conversion Instructions: ld, ld.global.nc, ldu, st, prefetch, prefetchu, discard, applypriority,
-createpolicy, isspacep". Cache operators, eviction priorities and prefetch sizes are hints: they change nothing here. A .volatile,
-.relaxed or .acquire load is strong: it does not race with atomics, and .acquire sees what was released at its address.
+PTX ISA, "Data Movement and Conversion Instructions: ld, ld.global.nc, ldu, st, prefetch, prefetchu, discard,
+applypriority, createpolicy, isspacep". Cache operators, eviction priorities and prefetch sizes are hints: they change
+nothing here. A .volatile, .relaxed or .acquire load is strong: it does not race with atomics, and .acquire sees what
+was released at its address.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def pick(lanes: Lanes, value: Array, active: Array | None) -> Array:
 
 
 def by_space(space: str, address: Array) -> list[tuple[str, Array | None, Array]]:
-    """Generic addresses sorted by the window they fall in: the space, which of them (None: all), the address inside it."""
+    """Generic addresses by the window they fall in: the space, which of them (None: all), the address inside it."""
     if space != "generic":
         return [(space, None, address)]
     result: list[tuple[str, Array | None, Array]] = []
@@ -240,7 +241,7 @@ class Access:
         unwritten = _differs(memory.words("written", size)[words], ONES[size])
         if unwritten.any():
             offset = int(words[unwritten][0]) * size % memory.stride
-            text = f"read of {memory.kind} memory that nobody has written, at offset {offset}, {int(unwritten.sum())} lanes"
+            text = f"read of {memory.kind} memory that nobody has written, at offset {offset}, {unwritten.sum()} lanes"
             machine.report("uninitialised", self.instruction, text)
         if memory.kind == "shared":
             shared_race_check(self.instruction, lanes, here, words, size, READ)
@@ -312,7 +313,7 @@ class Access:
         if len(words) > 1 and not bool((words[1:] > words[:-1]).all()):
             lost = _differs(memory[words], values)
             if lost.any():
-                text = f"lanes store different values to one address of {place} in one instruction, {int(lost.sum())} lanes lose"
+                text = f"lanes store different values to one address of {place} in one instruction, {lost.sum()} of them lose"
                 lanes.machine.report("conflict", self.instruction, text)
 
 

@@ -1,7 +1,7 @@
 """Moves, selection and comparison.
 
-PTX ISA, "Data Movement and Conversion Instructions: mov", "Comparison and Selection Instructions: set, setp, selp, slct", "Half
-Precision Comparison Instructions".
+PTX ISA, "Data Movement and Conversion Instructions: mov", "Comparison and Selection Instructions: set, setp, selp,
+slct", "Half Precision Comparison Instructions".
 """
 
 from __future__ import annotations

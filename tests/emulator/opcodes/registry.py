@@ -1,8 +1,9 @@
 """What an instruction does, as a function of typed NumPy arrays.
 
-A handler is registered for an opcode, for the types it serves, and turns an instruction into an `Operation`: which operands are
-read and written as which types, and a function in between. The function sees all lanes at once and knows nothing of registers or
-guards. With ``needs_lanes`` it is also given the lanes that run and the guard (a bool array, or None for all).
+A handler is registered for an opcode, for the types it serves, and turns an instruction into an `Operation`: which
+operands are read and written as which types, and a function in between. The function sees all lanes at once and knows
+nothing of registers or guards. With ``needs_lanes`` it is also given the lanes that run and the guard (a bool array,
+or None for all).
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def opcode(*names: str, types: Iterable[str] | None = None) -> Callable[[Handler
 
 def decode(instruction: Instruction) -> Operation | None:
     """The operation of an instruction; `Unsupported` names the opcode and the line where there is none."""
+    if instruction.error:
+        raise Unsupported(f"{instruction}: {instruction.error}")
     handler = HANDLERS.get((instruction.name, None))
     if handler is None:
         types = [modifier for modifier in instruction.modifiers if modifier in DTYPES]
@@ -56,7 +59,10 @@ def decode(instruction: Instruction) -> Operation | None:
         raise Unsupported(
             f"{instruction}: opcode `{'.'.join((instruction.name, *instruction.modifiers))}` is not implemented"
         )
-    return handler(instruction)
+    try:
+        return handler(instruction)
+    except Unsupported as error:
+        raise error if str(error).startswith("line ") else Unsupported(f"{instruction}: {error}") from None
 
 
 def simple(instruction: Instruction, function: Callable[..., Any], *types: str, result: str | None = None) -> Operation:

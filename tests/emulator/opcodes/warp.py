@@ -1,8 +1,9 @@
 """Warp-wide instructions.
 
-PTX ISA, "Data Movement and Conversion Instructions: shfl.sync", "Parallel Synchronization and Communication Instructions:
-vote.sync, match.sync, activemask, redux.sync, elect.sync, bar.warp.sync". The executor brings the lanes of a warp together before such
-a block runs; a membermask that names a lane which is not there, or leaves out one that is, is a report.
+PTX ISA, "Data Movement and Conversion Instructions: shfl.sync", "Parallel Synchronization and Communication
+Instructions: vote.sync, match.sync, activemask, redux.sync, elect.sync, bar.warp.sync". The executor brings the lanes
+of a warp together before such a block runs; a membermask that names a lane which is not there, or leaves out one that
+is, is a report.
 """
 
 from __future__ import annotations
