@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -22,6 +24,10 @@ try:
     _C, _C_error = importlib.import_module("fastcalib._C"), ""
 except ImportError as error:  # a pure-Python install, or a build for another interpreter
     _C, _C_error = None, str(error)
+
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None  # importing it is left to the first kernel
+# Triton kernels take CPU tensors only where Triton itself does: in its interpreter, or where a test emulates a device.
+_triton_on_cpu = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def extension() -> ModuleType:
@@ -38,6 +44,30 @@ def _why_no_extension() -> str:
     )
 
 
+def cuda_extension(name: str) -> Callable[..., Any]:
+    """A launcher of the CUDA kernels in the C++ module; RuntimeError with the reason when it is not there."""
+    function = getattr(_C, name, None)
+    if function is None:
+        raise RuntimeError(f"backend 'cuda' is not available: {_why_no_cuda()}")
+    return function
+
+
+def _why_no_cuda() -> str:
+    if getattr(_C, "cuda_statistics_forward", None) is None:
+        return "no CUDA kernels in this build of the extension; build it with nvcc present"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return ""
+
+
+def _why_no_triton() -> str:
+    if not _TRITON_FOUND:
+        return "Triton is not installed (pip install triton)"
+    if not (torch.cuda.is_available() or _triton_on_cpu):
+        return "torch sees no CUDA device"
+    return ""
+
+
 def backends() -> dict[str, tuple[bool, str]]:
     """Every backend with whether it is live and, in words, why or why not.
 
@@ -46,13 +76,12 @@ def backends() -> dict[str, tuple[bool, str]]:
         >>> fastcalib.backends()["eager"][0]
         True
     """
-    gpu = "torch sees a CUDA device" if torch.cuda.is_available() else "torch sees no CUDA device"
     cpp = (False, _why_no_extension()) if _C is None else (True, f"C++ kernels for the CPU, instruction set {_C.isa()}")
     return {
         "eager": (True, "plain PyTorch, the reference; any device"),
         "cpp": cpp,
-        "triton": (False, f"no Triton kernels in this version ({gpu})"),
-        "cuda": (False, f"no CUDA kernels in this version ({gpu})"),
+        "triton": (not _why_no_triton(), _why_no_triton() or "Triton kernels for GPUs, not yet run on one"),
+        "cuda": (not _why_no_cuda(), _why_no_cuda() or "CUDA C++ kernels in the extension, not yet run on a GPU"),
     }
 
 
@@ -91,21 +120,38 @@ def _check_live(backend: str) -> None:
         raise RuntimeError(f"backend {backend!r} is not available: {why}")
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The backend that a call with this argument and device runs on."""
+def _automatic(device: torch.device, dtype: torch.dtype | None) -> tuple[str, str]:
+    """The backend for a device, and why it is the slow one if it is."""
+    if device.type == "cpu":
+        return ("cpp", "") if _C is not None else ("eager", _why_no_extension())
+    if device.type != "cuda":
+        return "eager", f"there are no kernels for device {device} yet"
+    if dtype == torch.float64:  # a GPU kernel would gain little: float64 arithmetic, not memory, is the limit there
+        return "eager", ""
+    if _TRITON_FOUND:
+        return "triton", ""
+    if not _why_no_cuda():
+        return "cuda", ""
+    return "eager", f"{_why_no_triton()}, and {_why_no_cuda()}"
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that a call with this argument, device and dtype of the logits runs on."""
     global _warned
     if backend == "auto":
         backend = _forced
     if backend == "auto":
-        if device.type == "cpu" and _C is not None:
-            return "cpp"
-        if not _warned and not torch.compiler.is_compiling():
+        backend, why = _automatic(device, dtype)
+        if why and not _warned and not torch.compiler.is_compiling():
             _warned = True
-            why = _why_no_extension() if device.type == "cpu" else f"there are no kernels for device {device} yet"
             if not os.environ.get("FASTCALIB_QUIET"):
                 warnings.warn(f"fastcalib runs on the slow 'eager' backend: {why}", RuntimeWarning, stacklevel=4)
-        return "eager"
+        return backend
+    if backend == "triton" and _TRITON_FOUND and (device.type == "cuda" or _triton_on_cpu):
+        return backend
     _check_live(backend)
     if backend == "cpp" and device.type not in ("cpu", "meta"):
         raise RuntimeError(f"backend 'cpp' runs on CPU tensors, the logits are on {device}")
+    if backend in ("triton", "cuda") and device.type not in ("cuda", "meta"):
+        raise RuntimeError(f"backend {backend!r} runs on CUDA tensors, the logits are on {device}")
     return backend

@@ -259,7 +259,7 @@ class _Job:
     def run(self, logits: Tensor, gradient: Tensor | None) -> Tensor:
         """The reduced loss; writes the gradient where one is given: the logits themselves, or a contiguous tensor."""
         remembers = isinstance(self.loss_fn, TokenLoss) and type(self.loss_fn).observe is not TokenLoss.observe
-        backend = resolve(self.settings.backend, logits.device)
+        backend = resolve(self.settings.backend, logits.device, logits.dtype)
         chunk = _eager_chunk if backend == "eager" else _kernel_chunk
         scale = self._scale(logits) if gradient is not None else None
         if self.linear and backend == "cpp" and gradient is not None and scale is not None:
@@ -355,15 +355,18 @@ def _kernel_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Through the kernels: forward, autograd on the few numbers per row alone, backward while the rows are in cache."""
     target, width, ignore = job.target[part], job.width, job.settings.ignore_index
+    backend = resolve(job.settings.backend, rows.device, rows.dtype)
     temperature = job.temperatures if job.temperatures.shape[0] == 1 else job.temperatures[part]
-    packed = torch.ops.fastcalib.statistics(rows, temperature, target, 1, None, width, ignore, False, job.moments)
+    packed = torch.ops.fastcalib.statistics(
+        rows, temperature, target, 1, None, width, ignore, False, backend, job.moments
+    )
     numbers = _Numbers(job, packed)
     if out is None or scale is None:
         return job.per_token(numbers.stats, part), numbers.log_prob
     loss, (g_rows, g_scalars, g_log_prob) = numbers.differentiate(part, scale)
     backward_into(
         out, g_rows, g_scalars, g_log_prob, rows, temperature, target, 1, None, packed[0], packed[1], packed[7], width,
-        ignore,
+        ignore, packed[3], backend,
     )  # fmt: skip
     return loss, numbers.log_prob
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,17 +12,32 @@ import torch
 import fastcalib
 from fastcalib.backends import extension
 
+backends_module = importlib.import_module("fastcalib.backends")  # the package has a function of that name
+
 CPP_IS_LIVE = fastcalib.backends()["cpp"][0]
 CPP_BACKENDS = [f"cpp-{isa}" for isa in extension().isas()] if CPP_IS_LIVE else []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for fixture, names in (("backend", ["eager", *CPP_BACKENDS]), ("cpp_backend", CPP_BACKENDS)):
+    # For a run over other backends: FASTCALIB_TEST_BACKENDS=triton-sm90, triton-sm80 (emulated) or triton-interpreter.
+    other = os.environ.get("FASTCALIB_TEST_BACKENDS", "").split()
+    for fixture, names in (("backend", other or ["eager", *CPP_BACKENDS]), ("cpp_backend", other or CPP_BACKENDS)):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, names, indirect=True)
 
 
 def _activate(name: str) -> Iterator[str]:
+    if name == "triton-interpreter":
+        assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 must be set before Triton is imported"
+        yield "triton"
+        return
+    if name.startswith("triton-sm"):
+        from . import emulator
+
+        with emulator.triton(sm=int(name.removeprefix("triton-sm"))), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends_module, "_triton_on_cpu", True)
+            yield "triton"
+        return
     if not name.startswith("cpp-"):
         yield name
         return

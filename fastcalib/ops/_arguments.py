@@ -114,7 +114,10 @@ def _row_of(values: list[float], device: torch.device) -> Tensor:
         # Arithmetic is all that can be done with a Python number without a new compilation for each of its values.
         one = torch.ones(1, dtype=torch.float64, device=device)
         return torch.cat([one * value for value in values])[None]
-    return torch.tensor([values], dtype=torch.float64, device=device)
+    if device.type == "cpu":
+        return torch.tensor([values], dtype=torch.float64)
+    # A copy from the host would wait for the device, and cannot be captured in a graph; a fill does neither.
+    return torch.cat([torch.full((1, 1), value, dtype=torch.float64, device=device) for value in values], 1)
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from .. import eager
 from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
+from . import _gpu
 from ._arguments import (
     Index,
     Temperature,
@@ -27,7 +28,7 @@ from .types import TokenRanks
 
 LIBRARY.define(
     "ranks(Tensor logits, Tensor? index, Tensor? thresholds, SymInt per_row, Tensor? offsets, Tensor? temperature, "
-    "SymInt vocab_size, int ignore_index) -> (Tensor n_greater, Tensor n_equal, Tensor mass_greater)"
+    "SymInt vocab_size, int ignore_index, str backend='auto') -> (Tensor n_greater, Tensor n_equal, Tensor mass_greater)"
 )
 
 
@@ -52,7 +53,12 @@ def _forward_cpu(
     temperature: Tensor | None,
     vocab_size: int,
     ignore_index: int,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":  # Triton's interpreter, or an emulated device
+        return _forward_gpu(
+            logits, index, thresholds, per_row, offsets, temperature, vocab_size, ignore_index, backend
+        )  # fmt: skip
     layout = row_layout(logits)
     out = _allocate(logits, index, thresholds, temperature)
     if thresholds is not None:
@@ -79,6 +85,24 @@ def _forward_cpu(
     return out
 
 
+def _forward_gpu(
+    logits: Tensor,
+    index: Tensor | None,
+    thresholds: Tensor | None,
+    per_row: int,
+    offsets: Tensor | None,
+    temperature: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _allocate(logits, index, thresholds, temperature)
+    _gpu.ranks(
+        out, logits, index, thresholds, per_row, offsets, temperature, vocab_size, ignore_index, backend
+    )  # fmt: skip
+    return out
+
+
 def _forward_fake(
     logits: Tensor,
     index: Tensor | None,
@@ -88,6 +112,7 @@ def _forward_fake(
     temperature: Tensor | None,
     vocab_size: int,
     ignore_index: int,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate(logits, index, thresholds, temperature)
 
@@ -97,10 +122,11 @@ def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
 
 
 def _autograd(ctx: object, *_: object) -> tuple:
-    return (None,) * 8  # counts have no gradient
+    return (None,) * 9  # counts have no gradient
 
 
 LIBRARY.impl("ranks", _forward_cpu, "CPU")
+LIBRARY.impl("ranks", _forward_gpu, "CUDA")
 torch.library.register_fake("fastcalib::ranks", _forward_fake, lib=LIBRARY)
 torch.library.register_autograd("fastcalib::ranks", _autograd, setup_context=_setup_context, lib=LIBRARY)
 
@@ -114,6 +140,7 @@ def ranks(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
+    validate: bool = False,
 ) -> TokenRanks:
     """How many tokens, and how much probability, lie above each selected token (or each threshold) of a row.
 
@@ -130,7 +157,9 @@ def ranks(
             sum of p_v over the tokens with z_v above the threshold.
         vocab_size: columns from here on are padding and not counted.
         ignore_index: an id that stands for "no token".
-        backend: "auto", "eager" or "cpp".
+        backend: "auto", "eager", "cpp", "triton" or "cuda".
+        validate: on an accelerator, look whether every id is in the vocabulary, which waits for the device. Without it
+            a bad id there has counts of -1 and mass NaN.
 
     Returns:
         :class:`TokenRanks`; fields shaped like the index or thresholds (flat (nnz,) for ValidSets), masses plus [K].
@@ -160,14 +189,17 @@ def ranks(
         ids = normalise_index(index, logits)
     else:
         ids, bounds = _normalise_thresholds(thresholds, logits)
-    if resolve(backend, logits.device) == "eager":
+    if validate and bounds is None:
+        _gpu.validate_ids(ids, width, ignore_index)
+    backend = resolve(backend, logits.device, logits.dtype)
+    if backend == "eager":
         n_greater, n_equal, mass = _eager(
             logits, None if bounds is not None else ids.ids, bounds, ids, temperatures, width, ignore_index
         )
     else:
         n_greater, n_equal, mass = torch.ops.fastcalib.ranks(
             logits, None if bounds is not None else ids.ids, bounds, ids.per_row, ids.offsets, temperatures, width,
-            ignore_index,
+            ignore_index, backend,
         )  # fmt: skip
     shape = ids.shape
     if mass is not None and temperatures is not None:

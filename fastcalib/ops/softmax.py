@@ -10,16 +10,18 @@ from torch import Tensor
 from .. import eager
 from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
+from . import _gpu
 from ._arguments import NUMBERS, check_logits, normalise_temperature, row_layout
 from ._library import LIBRARY
 from ._memory import empty_like_logits
 
 LIBRARY.define(
-    "softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log) -> (Tensor output, Tensor logsumexp)"
+    "softmax(Tensor logits, Tensor temperature, SymInt vocab_size, bool log, str backend='auto') "
+    "-> (Tensor output, Tensor logsumexp)"
 )
 LIBRARY.define(
     "softmax_backward(Tensor grad, Tensor output, Tensor logsumexp, Tensor temperature, SymInt vocab_size, bool log, "
-    "bool temperature_grad) "
+    "bool temperature_grad, str backend='auto') "
     "-> (Tensor grad_logits, Tensor grad_temperature)"
 )
 
@@ -29,8 +31,13 @@ def _allocate_logsumexp(logits: Tensor) -> Tensor:
     return torch.empty(math.prod(logits.shape[:-1]), dtype=statistics_dtype(logits.dtype), device=logits.device)
 
 
-def _forward_cpu(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    logits: Tensor, temperature: Tensor, vocab_size: int, log: bool, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     out, logsumexp = empty_like_logits(logits), _allocate_logsumexp(logits)
+    if logits.is_cuda or backend == "triton":
+        _gpu.softmax_forward(out, logsumexp, logits, temperature, vocab_size, log, backend)
+        return out, logsumexp
     layout, temperature = row_layout(logits), temperature.contiguous()
     extension().softmax_forward(
         *layout.args(),
@@ -46,7 +53,7 @@ def _forward_cpu(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool
     return out, logsumexp
 
 
-def _backward_cpu(
+def _backward(
     grad: Tensor,
     output: Tensor,
     logsumexp: Tensor,
@@ -54,11 +61,18 @@ def _backward_cpu(
     vocab_size: int,
     log: bool,
     temperature_grad: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     layout, temperature = row_layout(grad), temperature.contiguous()
     output = output.contiguous()
     grad_logits = empty_like_logits(grad)
     per_row = torch.zeros(layout.n_rows if temperature_grad else 0, dtype=torch.float64, device=grad.device)
+    if grad.is_cuda or backend == "triton":
+        _gpu.softmax_backward(
+            grad_logits, per_row if temperature_grad else None, grad, output, logsumexp, temperature, vocab_size, log,
+            backend,
+        )  # fmt: skip
+        return grad_logits, per_row
     extension().softmax_backward(
         *layout.args(),
         vocab_size,
@@ -75,7 +89,9 @@ def _backward_cpu(
     return grad_logits, per_row
 
 
-def _forward_fake(logits: Tensor, temperature: Tensor, vocab_size: int, log: bool) -> tuple[Tensor, Tensor]:
+def _forward_fake(
+    logits: Tensor, temperature: Tensor, vocab_size: int, log: bool, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return out, _allocate_logsumexp(logits)
 
@@ -88,6 +104,7 @@ def _backward_fake(
     vocab_size: int,
     log: bool,
     temperature_grad: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     n_rows = math.prod(grad.shape[:-1]) if temperature_grad else 0
     return (
@@ -97,29 +114,30 @@ def _backward_fake(
 
 
 def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
-    _, temperature, vocab_size, log = inputs
+    _, temperature, vocab_size, log, backend = inputs
     ctx.mark_non_differentiable(output[1])  # type: ignore[attr-defined]
     ctx.save_for_backward(*output, temperature)  # type: ignore[attr-defined]
-    ctx.constants = (vocab_size, log)  # type: ignore[attr-defined]
+    ctx.constants = (vocab_size, log, backend)  # type: ignore[attr-defined]
 
 
 def _autograd(ctx: object, grad: Tensor, _: Tensor) -> tuple:
     output, logsumexp, temperature = ctx.saved_tensors  # type: ignore[attr-defined]
-    vocab_size, log = ctx.constants  # type: ignore[attr-defined]
+    vocab_size, log, backend = ctx.constants  # type: ignore[attr-defined]
     needs_logits, needs_temperature = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
     grad_logits, per_row = torch.ops.fastcalib.softmax_backward(
-        grad, output, logsumexp, temperature, vocab_size, log, needs_temperature
+        grad, output, logsumexp, temperature, vocab_size, log, needs_temperature, backend
     )
     grad_temperature = None
     if needs_temperature:
         grad_temperature = per_row[:, None]
         if temperature.shape[0] != grad_temperature.shape[0]:
             grad_temperature = grad_temperature.sum(0, keepdim=True)
-    return grad_logits if needs_logits else None, grad_temperature, None, None
+    return grad_logits if needs_logits else None, grad_temperature, None, None, None
 
 
-LIBRARY.impl("softmax", _forward_cpu, "CPU")
-LIBRARY.impl("softmax_backward", _backward_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("softmax", _forward, _device)
+    LIBRARY.impl("softmax_backward", _backward, _device)
 torch.library.register_fake("fastcalib::softmax", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("fastcalib::softmax_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("fastcalib::softmax", _autograd, setup_context=_setup_context, lib=LIBRARY)
@@ -133,8 +151,9 @@ def _call(logits: Tensor, temperature: float | Tensor, vocab_size: int | None, b
             "a dense softmax takes one temperature a row (statistics takes several)"
         )
     temperatures, _ = normalise_temperature(temperature, logits)
-    if resolve(backend, logits.device) != "eager":
-        return torch.ops.fastcalib.softmax(logits, temperatures, width, log)[0]
+    backend = resolve(backend, logits.device, logits.dtype)
+    if backend != "eager":
+        return torch.ops.fastcalib.softmax(logits, temperatures, width, log, backend)[0]
     flat = logits[..., :width].reshape(-1, width)
     out = (eager.log_softmax if log else eager.softmax)(flat, temperatures)
     out = out.reshape(*logits.shape[:-1], width)
@@ -151,7 +170,7 @@ def softmax(
         logits: (*, V), float32, bfloat16, float16 or float64.
         temperature: a number, or a tensor that broadcasts to the leading dimensions (one temperature a row).
         vocab_size: columns from here on are padding: probability 0, gradient 0.
-        backend: "auto", "eager" or "cpp".
+        backend: "auto", "eager", "cpp" or "triton".
 
     Returns:
         (*, V) in the dtype of the logits, computed in float32 (float64 for float64). Differentiable in the logits and

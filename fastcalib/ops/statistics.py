@@ -11,6 +11,7 @@ from .. import eager
 from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
+from . import _gpu
 from ._arguments import (
     Index,
     Temperature,
@@ -36,13 +37,13 @@ MOMENTS = ("entropy", "collision", "mean_logit", "var_logit", "sum_logits", "std
 
 LIBRARY.define(
     "statistics(Tensor logits, Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, SymInt vocab_size, "
-    "int ignore_index, bool ranks, bool moments=True) -> (Tensor rows, Tensor scalars, Tensor log_prob, Tensor argmax, "
+    "int ignore_index, bool ranks, str backend='auto', bool moments=True) -> (Tensor rows, Tensor scalars, Tensor log_prob, "
     "Tensor n_greater, Tensor n_equal, Tensor mass_greater, Tensor saved)"
 )
 LIBRARY.define(
     "statistics_backward(Tensor grad_rows, Tensor grad_scalars, Tensor grad_log_prob, Tensor logits, "
     "Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, Tensor rows, Tensor scalars, Tensor saved, "
-    "SymInt vocab_size, int ignore_index) -> Tensor"
+    "SymInt vocab_size, int ignore_index, Tensor? argmax=None, str backend='auto') -> Tensor"
 )
 
 
@@ -82,8 +83,13 @@ def _forward_cpu(
     vocab_size: int,
     ignore_index: int,
     ranks: bool,
+    backend: str = "auto",
     moments: bool = True,
 ) -> tuple[Tensor, ...]:
+    if backend == "triton":  # Triton's interpreter, or an emulated device
+        return _forward_gpu(
+            logits, temperature, index, per_row, offsets, vocab_size, ignore_index, ranks, backend
+        )  # fmt: skip
     layout = row_layout(logits)
     out = _allocate(logits, temperature, index, ranks)
     temperature = temperature.contiguous()
@@ -108,6 +114,25 @@ def _forward_cpu(
     return out
 
 
+def _forward_gpu(
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor | None,
+    per_row: int,
+    offsets: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    ranks: bool,
+    backend: str = "auto",
+    moments: bool = True,  # computed in any case: they cost no memory traffic, which is what counts there
+) -> tuple[Tensor, ...]:
+    out = _allocate(logits, temperature, index, ranks)
+    _gpu.statistics_forward(
+        out, logits, temperature, index, per_row, offsets, vocab_size, ignore_index, ranks, backend
+    )  # fmt: skip
+    return out
+
+
 def _forward_fake(
     logits: Tensor,
     temperature: Tensor,
@@ -117,6 +142,7 @@ def _forward_fake(
     vocab_size: int,
     ignore_index: int,
     ranks: bool,
+    backend: str = "auto",
     moments: bool = True,
 ) -> tuple[Tensor, ...]:
     return _allocate(logits, temperature, index, ranks)
@@ -137,6 +163,8 @@ def backward_into(
     saved: Tensor,
     vocab_size: int,
     ignore_index: int,
+    argmax: Tensor | None = None,
+    backend: str = "auto",
     *,
     nontemporal: bool = False,
 ) -> None:
@@ -144,10 +172,17 @@ def backward_into(
 
     The low-level call under autograd and :func:`fastcalib.fused_loss`; arguments are those of the registered operation.
     ``nontemporal`` bypasses the caches: faster into memory that is already mapped, slower into fresh memory.
+    Accelerators need the ``argmax`` of forward; the C++ kernel looks for it again, where it matters.
     """
     layout, target = row_layout(logits), row_layout(out)
     if target.tensor is not out:
         raise ValueError(f"out must have adjacent columns and at most two strides over its rows, got {out.stride()}")
+    if logits.is_cuda or backend == "triton":
+        _gpu.statistics_backward(
+            out, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, per_row, offsets, rows, scalars,
+            argmax, saved, vocab_size, ignore_index, backend,
+        )  # fmt: skip
+        return
     temperature = temperature.contiguous()
     keep = [t.contiguous() for t in (rows, scalars, saved, grad_rows, grad_scalars, grad_log_prob)]
     extension().statistics_backward(
@@ -216,7 +251,7 @@ def forward_and_backward_into(
     return made
 
 
-def _backward_cpu(
+def _backward(
     grad_rows: Tensor,
     grad_scalars: Tensor,
     grad_log_prob: Tensor,
@@ -230,11 +265,13 @@ def _backward_cpu(
     saved: Tensor,
     vocab_size: int,
     ignore_index: int,
+    argmax: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     out = empty_like_logits(logits)
     backward_into(
         out, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, per_row, offsets, rows, scalars, saved,
-        vocab_size, ignore_index,
+        vocab_size, ignore_index, argmax, backend,
     )  # fmt: skip
     return out
 
@@ -246,29 +283,30 @@ def _backward_fake(
 
 
 def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
-    logits, temperature, index, per_row, offsets, vocab_size, ignore_index, *_ = inputs
-    rows, scalars, log_prob, _, _, _, _mass_greater, saved = output
+    logits, temperature, index, per_row, offsets, vocab_size, ignore_index, _, backend, _ = inputs
+    rows, scalars, log_prob, argmax, _, _, _mass_greater, saved = output
     ctx.mark_non_differentiable(*output[3:])  # type: ignore[attr-defined]
-    ctx.save_for_backward(logits, temperature, index, offsets, rows, scalars, log_prob, saved)  # type: ignore[attr-defined]
-    ctx.constants = (per_row, vocab_size, ignore_index)  # type: ignore[attr-defined]
+    ctx.save_for_backward(logits, temperature, index, offsets, rows, scalars, log_prob, argmax, saved)  # type: ignore[attr-defined]
+    ctx.constants = (per_row, vocab_size, ignore_index, backend)  # type: ignore[attr-defined]
 
 
 def _autograd(ctx: object, grad_rows: Tensor, grad_scalars: Tensor, grad_log_prob: Tensor, *_: object) -> tuple:
-    logits, temperature, index, offsets, rows, scalars, log_prob, saved = ctx.saved_tensors  # type: ignore[attr-defined]
-    per_row, vocab_size, ignore_index = ctx.constants  # type: ignore[attr-defined]
+    logits, temperature, index, offsets, rows, scalars, log_prob, argmax, saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    per_row, vocab_size, ignore_index, backend = ctx.constants  # type: ignore[attr-defined]
     needs_logits, needs_temperature = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
     grad_logits = grad_temperature = None
     if needs_logits:
         grad_logits = torch.ops.fastcalib.statistics_backward(
             grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, per_row, offsets, rows, scalars, saved,
-            vocab_size, ignore_index,
+            vocab_size, ignore_index, argmax, backend,
         )  # fmt: skip
     if needs_temperature:
         ids = None if index is None else Index(index, per_row, offsets, ())
         grad_temperature = _temperature_gradient(
-            grad_rows, grad_log_prob, logits, temperature, ids, rows, log_prob, saved, vocab_size, ignore_index
-        )
-    return grad_logits, grad_temperature, None, None, None, None, None, None, None
+            grad_rows, grad_log_prob, logits, temperature, ids, rows, log_prob, saved, vocab_size, ignore_index,
+            backend,
+        )  # fmt: skip
+    return grad_logits, grad_temperature, None, None, None, None, None, None, None, None
 
 
 def _temperature_gradient(
@@ -282,6 +320,7 @@ def _temperature_gradient(
     saved: Tensor,
     vocab_size: int,
     ignore_index: int,
+    backend: str,
 ) -> Tensor:
     """Gradient to T. With b = 1/T and y = z - max z, E and Var over p:
 
@@ -294,7 +333,9 @@ def _temperature_gradient(
     k = temperature.shape[1]
     log_s0, y1 = saved[:, 3 : 3 + k], saved[:, 3 + k :]
     b = (1.0 / temperature).to(rows.dtype)
-    half = torch.ops.fastcalib.statistics(logits, temperature / 2, None, 0, None, vocab_size, ignore_index, False)
+    half = torch.ops.fastcalib.statistics(
+        logits, temperature / 2, None, 0, None, vocab_size, ignore_index, False, backend
+    )  # fmt: skip
     third = _third_central_moment(logits, temperature, vocab_size)
     skipped = (log_s0 == 0) & (rows[0] == 0) & (max_prob == 0)  # every statistic of a skipped row is 0
     grad = (
@@ -330,7 +371,9 @@ def _third_central_moment(logits: Tensor, temperature: Tensor, vocab_size: int) 
 
 
 LIBRARY.impl("statistics", _forward_cpu, "CPU")
-LIBRARY.impl("statistics_backward", _backward_cpu, "CPU")
+LIBRARY.impl("statistics", _forward_gpu, "CUDA")
+LIBRARY.impl("statistics_backward", _backward, "CPU")
+LIBRARY.impl("statistics_backward", _backward, "CUDA")
 torch.library.register_fake("fastcalib::statistics", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("fastcalib::statistics_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("fastcalib::statistics", _autograd, setup_context=_setup_context, lib=LIBRARY)
@@ -346,6 +389,7 @@ def statistics(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
+    validate: bool = False,
 ) -> TokenStatistics:
     """Statistics of softmax(logits / temperature) for each row, from one read of the logits; differentiable.
 
@@ -365,7 +409,10 @@ def statistics(
             arithmetic, for losses that see only log-probabilities.
         vocab_size: columns from here on are padding and take no part in anything; their gradient is 0.
         ignore_index: an id that stands for "no token".
-        backend: "auto", "eager" or "cpp".
+        backend: "auto", "eager", "cpp", "triton" or "cuda".
+        validate: on an accelerator, look whether every id is in the vocabulary, which waits for the device. Without it
+            a bad id there has log_prob NaN and counts of -1, and takes no part in the gradient; on a CPU it is always an
+            error.
 
     Returns:
         :class:`TokenStatistics`, in float32 (float64 for float64 logits), natural logarithms.
@@ -392,15 +439,19 @@ def statistics(
     temperatures, has_axis = normalise_temperature(temperature, logits)
     if ranks:
         _check_ranked(ids)
+    if validate and ids is not None:
+        _gpu.validate_ids(ids, width, ignore_index)
     leading = tuple(logits.shape[:-1])
     axis = (temperatures.shape[1],) if has_axis else ()
     selected = () if ids is None else ids.shape
-    if resolve(backend, logits.device) == "eager":
+    backend = resolve(backend, logits.device, logits.dtype)
+    if backend == "eager":
         every = _shape_eager(_eager(logits, temperatures, ids, width, ignore_index, ranks), leading, selected, axis)
         return every if moments else _without_moments(every)
     rows, scalars, log_prob, argmax, n_greater, n_equal, mass, saved = torch.ops.fastcalib.statistics(
         logits, temperatures, None if ids is None else ids.ids, 0 if ids is None else ids.per_row,
-        None if ids is None else ids.offsets, width, ignore_index, ranks, moments or temperatures.requires_grad,
+        None if ids is None else ids.offsets, width, ignore_index, ranks, backend,
+        moments or temperatures.requires_grad,
     )  # fmt: skip
     # One view of the packed result, then one unbind: views cost more than the kernel where rows are short.
     every = TokenStatistics._make(
@@ -427,8 +478,8 @@ def _check_ranked(ids: Index | None) -> None:
         raise ValueError("ranks=True needs an index: the tokens whose rank is wanted")
     if ids.offsets is None:
         most = ids.per_row
-    elif torch.compiler.is_compiling():
-        return
+    elif torch.compiler.is_compiling() or ids.ids.is_cuda:
+        return  # to look would be a synchronisation; the kernels for accelerators take any number
     else:
         most = int(ids.offsets.diff().max()) if ids.offsets.numel() > 1 else 0
     if most > MAX_RANKED:

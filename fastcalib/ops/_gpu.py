@@ -1,0 +1,213 @@
+"""Where the operations leave for an accelerator: Triton kernels, or the CUDA C++ ones of the extension.
+
+The one place that knows both. Everything here allocates on the device of the logits, launches on the current stream of
+that device, and never waits for it. Neither has been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import cuda_extension
+from ._arguments import Index, RowLayout, outside, raise_bad_id, row_layout
+
+Layout = tuple[int, int, int, int]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels(name: str) -> ModuleType:
+    """A module of fastcalib.triton_kernels; Triton is imported here at the earliest."""
+    return import_module(f"fastcalib.triton_kernels.{name}")
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the device that holds the tensor, whichever one is current."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+def rows_of(layout: RowLayout) -> Layout:
+    """The layout as Triton kernels take it, without the tensor."""
+    return layout.n_rows, layout.inner, layout.outer_stride, layout.inner_stride
+
+
+def check_dtype(logits: Tensor) -> None:
+    if logits.dtype not in DTYPES:
+        raise TypeError(
+            f"kernels for accelerators take float32, bfloat16 and float16 logits, got {logits.dtype}; "
+            'use backend="eager" for it'
+        )
+
+
+def validate_ids(index: Index, vocab_size: int, ignore_index: int) -> None:
+    """The error that a CPU kernel raises for a bad token id. Looks at the ids, so it waits for their device."""
+    bad = outside(index.ids, vocab_size, ignore_index)
+    if bad.any():
+        raise_bad_id(index, int(bad.nonzero()[0]), vocab_size, ignore_index)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run_cuda(function: Callable[..., int], logits: Tensor, *arguments: Any) -> None:
+    """Ask for the size of the workspace, allocate it through PyTorch, launch."""
+    device = logits.device.index
+    stream = torch.cuda.current_stream(logits.device)
+    size = function(*arguments, 0, device, stream.cuda_stream)
+    # At least a byte: a workspace of 0 means "how much?". PyTorch reuses it in the order of the stream.
+    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=logits.device)
+    function(*arguments, workspace.data_ptr(), device, stream.cuda_stream)
+
+
+def statistics_forward(
+    out: tuple[Tensor, ...],
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor | None,
+    per_row: int,
+    offsets: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    ranks: bool,
+    backend: str,
+) -> None:
+    """Fill the packed results of ``fastcalib::statistics``."""
+    check_dtype(logits)
+    layout, temperature = row_layout(logits), temperature.contiguous()
+    with on_device(logits):
+        if backend == "cuda":
+            _run_cuda(
+                cuda_extension("cuda_statistics_forward"), logits, *layout.args(), vocab_size, temperature.data_ptr(),
+                *temperature.shape, _pointer(index), 0 if index is None else index.shape[0], per_row, _pointer(offsets),
+                ignore_index, ranks, *(t.data_ptr() for t in out),
+            )  # fmt: skip
+            return
+        rows, saved, k = out[0], out[7], temperature.shape[1]
+        statistics, counting = kernels("statistics"), kernels("ranks")
+        arguments = (layout.tensor, rows_of(layout))
+        choice = (index, per_row, offsets, vocab_size, ignore_index)
+        bounds = along = None
+        if ranks and out[4].shape[0] > 0:
+            bounds = counting.gather(*arguments, *choice)
+            along = bounds.view(-1, per_row) if statistics.count_along(per_row, offsets) else None
+        statistics.forward(out, *arguments, temperature, *choice, along)
+        if bounds is not None and along is None:
+            # more tokens than pay in the same read; maxima and 1 / s0 (max_prob) of the rows are known by now
+            counting.count(out[4:7], *arguments, bounds, *choice, temperature, saved[:, 0], rows[2].view(-1, k))
+
+
+def statistics_backward(
+    out: Tensor,
+    grad_rows: Tensor,
+    grad_scalars: Tensor,
+    grad_log_prob: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor | None,
+    per_row: int,
+    offsets: Tensor | None,
+    rows: Tensor,
+    scalars: Tensor,
+    argmax: Tensor | None,
+    saved: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    backend: str,
+) -> None:
+    """Write the gradient to the logits into ``out``, which may be the logits."""
+    check_dtype(logits)
+    layout, target, temperature = row_layout(logits), row_layout(out), temperature.contiguous()
+    upstream = [t.contiguous() for t in (grad_rows, grad_scalars, grad_log_prob)]
+    with on_device(logits):
+        if backend == "cuda":
+            _run_cuda(
+                cuda_extension("cuda_statistics_backward"), logits, *layout.args(), vocab_size, logits.shape[-1],
+                temperature.data_ptr(), *temperature.shape, _pointer(index), per_row, _pointer(offsets), ignore_index,
+                *(t.data_ptr() for t in (rows, scalars, saved, *upstream)),
+                target.tensor.data_ptr(), target.inner, target.outer_stride, target.inner_stride,
+            )  # fmt: skip
+            return
+        if argmax is None:
+            raise RuntimeError("fastcalib::statistics_backward needs the argmax of forward on an accelerator")
+        kernels("statistics_backward").backward(
+            target.tensor, rows_of(target), *upstream, layout.tensor, rows_of(layout), temperature, index, per_row,
+            offsets, rows, scalars, argmax, saved, vocab_size, ignore_index,
+        )  # fmt: skip
+
+
+def ranks(
+    out: tuple[Tensor, Tensor, Tensor],
+    logits: Tensor,
+    index: Tensor | None,
+    thresholds: Tensor | None,
+    per_row: int,
+    offsets: Tensor | None,
+    temperature: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    backend: str,
+) -> None:
+    """Fill n_greater, n_equal and mass_greater."""
+    check_dtype(logits)
+    layout = row_layout(logits)
+    thresholds = None if thresholds is None else thresholds.contiguous()
+    temperature = None if temperature is None else temperature.contiguous()
+    with on_device(logits):
+        if backend == "cuda":
+            _run_cuda(
+                cuda_extension("cuda_ranks"), logits, *layout.args(), vocab_size, _pointer(index), _pointer(thresholds),
+                out[0].shape[0], per_row, _pointer(offsets), ignore_index, _pointer(temperature),
+                *((0, 0) if temperature is None else temperature.shape), *(t.data_ptr() for t in out),
+            )  # fmt: skip
+            return
+        kernels("ranks").forward(
+            out, layout.tensor, rows_of(layout), index, thresholds, per_row, offsets, temperature, vocab_size,
+            ignore_index,
+        )  # fmt: skip
+
+
+def _refuse_cuda(backend: str) -> None:
+    if backend == "cuda":
+        raise RuntimeError("backend 'cuda' has statistics and ranks; softmax and log_softmax need backend='triton'")
+
+
+def softmax_forward(
+    out: Tensor, logsumexp: Tensor, logits: Tensor, temperature: Tensor, vocab_size: int, log: bool, backend: str
+) -> None:
+    """Fill the probabilities (or their logarithms) and the logsumexp of each row."""
+    check_dtype(logits)
+    _refuse_cuda(backend)
+    layout = row_layout(logits)
+    with on_device(logits):
+        kernels("softmax").forward(
+            out, logsumexp, layout.tensor, rows_of(layout), temperature.contiguous(), vocab_size, log
+        )
+
+
+def softmax_backward(
+    out: Tensor,
+    grad_temperature: Tensor | None,
+    grad: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    log: bool,
+    backend: str,
+) -> None:
+    """Fill the gradient to the logits and, unless it is None, that to the temperature of each row."""
+    check_dtype(grad)
+    _refuse_cuda(backend)
+    layout = row_layout(grad)
+    with on_device(grad):
+        kernels("softmax_backward").backward(
+            out, grad_temperature, layout.tensor, rows_of(layout), output.contiguous(), logsumexp,
+            temperature.contiguous(), vocab_size, log,
+        )  # fmt: skip
