@@ -37,8 +37,8 @@ MOMENTS = ("entropy", "collision", "mean_logit", "var_logit", "sum_logits", "std
 
 LIBRARY.define(
     "statistics(Tensor logits, Tensor temperature, Tensor? index, SymInt per_row, Tensor? offsets, SymInt vocab_size, "
-    "int ignore_index, bool ranks, str backend='auto', bool moments=True) -> (Tensor rows, Tensor scalars, Tensor log_prob, "
-    "Tensor n_greater, Tensor n_equal, Tensor mass_greater, Tensor saved)"
+    "int ignore_index, bool ranks, str backend='auto', bool moments=True) -> (Tensor rows, Tensor scalars, "
+    "Tensor log_prob, Tensor argmax, Tensor n_greater, Tensor n_equal, Tensor mass_greater, Tensor saved)"
 )
 LIBRARY.define(
     "statistics_backward(Tensor grad_rows, Tensor grad_scalars, Tensor grad_log_prob, Tensor logits, "
@@ -411,7 +411,7 @@ def statistics(
         ignore_index: an id that stands for "no token".
         backend: "auto", "eager", "cpp", "triton" or "cuda".
         validate: on an accelerator, look whether every id is in the vocabulary, which waits for the device. Without it
-            a bad id there has log_prob NaN and counts of -1, and takes no part in the gradient; on a CPU it is always an
+            a bad id there has log_prob NaN and counts of -1, and takes no part in the gradient; on a CPU it is an
             error.
 
     Returns:
