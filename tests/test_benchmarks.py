@@ -202,6 +202,9 @@ def test_peak_memory_counts_what_the_call_touches():
     torch.zeros(8 * size, dtype=torch.uint8).add_(1)  # an older, higher mark, which must not count
     extra = memory.peak_extra(lambda: torch.zeros(size, dtype=torch.uint8).add_(1))
     assert extra == pytest.approx(size / 1e6, abs=4)
+    small = [torch.ones(2**20) for _ in range(9)]  # once freed they stay in the heap
+    del small
+    assert memory.peak_extra(lambda: torch.ones(2**20)) == pytest.approx(2**22 / 1e6, abs=0.6)
 
 
 # --- answers
