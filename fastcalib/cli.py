@@ -33,8 +33,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastcalib-demo"),
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on. [default: Python's reference]")] = None,
-    model: Annotated[Path | None, typer.Option(help="GGUF file or model folder. [default: SmolLM2-135M]")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; without it, Python's reference.")] = None,
+    model: Annotated[Path | None, typer.Option(help="GGUF file or model folder; without it, SmolLM2-135M.")] = None,
     tokens: Annotated[int, typer.Option(help="Predictions to measure, at least.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens of context.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows per forward of the model.")] = 1,

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
-from .losses._base import INTEGERS, reduce_loss
-from .losses._options import check_reduction
+from .losses._base import reduce_loss
+from .losses._options import check_number, check_reduction
 from .ops import statistics
-from .ops._arguments import FLOATING, BadTokenId, raise_bad_target
+from .ops._arguments import FLOATING, INTEGERS, BadTokenId, check_ignore_index, raise_bad_target
 
 IGNORED = -100
 
@@ -75,14 +75,15 @@ def cross_entropy(
         )
         return loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss
     check_reduction(reduction)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    check_number("label_smoothing", label_smoothing, "[0, 1]")
+    check_ignore_index(ignore_index)
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"target must have shape {tuple(logits.shape[:-1])} (class indices) or {tuple(input.shape)} (floating "
             f"point: class probabilities) for an input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     try:
         stats = statistics(logits, target, ignore_index=ignore_index)
     except BadTokenId:

@@ -121,11 +121,12 @@ def fused_loss(
         _refuse_other_gradients(loss_fn, settings.temperature, tokens)
         if inplace_backward:
             _check_inplace(logits)
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     kept = (target != settings.ignore_index).reshape(-1)
     items = None if num_items_in_batch is None else number_of_items(num_items_in_batch, logits.device)
     temperatures, several = _temperatures(loss_fn, settings, own, logits)
     job = _Job(
-        loss_fn, settings, own, width, target.reshape(-1).to(torch.int64), kept,
+        loss_fn, settings, own, width, target.reshape(-1), kept,
         {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several,
         chunk_size or max(1, CHUNK_BYTES // (logits.shape[-1] * logits.element_size())),
     )  # fmt: skip
@@ -153,6 +154,13 @@ class _Plain:
 def _settings(loss_fn: object, *given: Any) -> Any:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss module or a callable, got {type(loss_fn).__name__}")
+    ours = getattr(loss_fn, "__module__", "").startswith("fastcalib.losses.") and not isinstance(loss_fn, TokenLoss)
+    if ours or isinstance(loss_fn, type):  # nll and NLLLoss, where NLLLoss() is meant
+        kind, name = "class" if isinstance(loss_fn, type) else "function", getattr(loss_fn, "__name__", "")
+        raise TypeError(
+            "loss_fn must be a loss module such as fastcalib.losses.NLLLoss(), or a callable on the statistics, got "
+            f"the {kind} {name}"
+        )
     names = ("temperature", "ignore_index", "reduction", "vocab_size", "backend")
     settings = loss_fn.settings if isinstance(loss_fn, TokenLoss) else _Plain()
     return replace(settings, **{k: v for k, v in zip(names, given) if v is not None})

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+    return "a nested tensor" if value.is_nested else f"{value.dtype} {tuple(value.shape)}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,11 @@ class ValidSets:
     def __post_init__(self) -> None:
         values, offsets = self.values, self.offsets
         for name, tensor in (("values", values), ("offsets", offsets)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"ValidSets: {name} must be a tensor, got {type(tensor).__name__}; ValidSets.from_lists takes "
+                    "lists and arrays of ids, one a row"
+                )
             if tensor.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"ValidSets: {name} must be int64 or int32, got {tensor.dtype}")
             if tensor.dim() != 1:
@@ -93,7 +105,14 @@ class ValidSets:
             >>> ValidSets.from_lists([[5], [2, 4]]).offsets.tolist()
             [0, 1, 3]
         """
-        rows = [list(s) for s in sets]
+        rows = []
+        for row, ids in enumerate(sets):
+            try:
+                rows.append([*map(operator.index, ids)])  # not int(), which would round 1.5 and read "1"
+            except TypeError:
+                raise TypeError(
+                    f"from_lists: set {row} must be a sequence of integers (token ids), got {ids!r:.60}"
+                ) from None
         sizes = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int64)
         return cls(torch.tensor([v for r in rows for v in r], dtype=torch.int64), sizes.cumsum(0))
 
@@ -105,8 +124,8 @@ class ValidSets:
             >>> ValidSets.from_mask(torch.tensor([[True, False, True]])).to_lists()
             [[0, 2]]
         """
-        if mask.dtype != torch.bool or mask.dim() == 0:
-            raise TypeError(f"from_mask: mask must be a bool tensor (*, V), got {mask.dtype} {tuple(mask.shape)}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() == 0:
+            raise TypeError(f"from_mask: mask must be a bool tensor (*, V), got {_describe(mask)}")
         mask = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1])
         offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
         offsets[1:] = mask.sum(1).cumsum(0)
@@ -122,11 +141,14 @@ class ValidSets:
             >>> ValidSets.from_bitmask(torch.tensor([[-2147483647, 1]], dtype=torch.int32), 40).to_lists()
             [[0, 31, 32]]
         """
+        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ValueError(f"from_bitmask: vocab_size must be a positive int, got {vocab_size!r}")
         words = (vocab_size + 31) // 32
-        if bitmask.dtype != torch.int32 or bitmask.dim() == 0 or bitmask.shape[-1] < words:
+        fits = isinstance(bitmask, Tensor) and bitmask.dtype == torch.int32 and bitmask.dim() > 0
+        if not fits or bitmask.shape[-1] < words:
             raise TypeError(
-                f"from_bitmask: needs an int32 tensor (*, {words}) for vocab_size={vocab_size}, "
-                f"got {bitmask.dtype} {tuple(bitmask.shape)}"
+                f"from_bitmask: needs an int32 tensor (*, {words}) for vocab_size={vocab_size}, got "
+                f"{_describe(bitmask)}"
             )
         bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
         mask = ((bitmask[..., :words, None] >> bits) & 1).bool().flatten(-2)
@@ -141,8 +163,8 @@ class ValidSets:
             >>> ValidSets.from_jagged(nt).to_lists()
             [[1, 2], [0]]
         """
-        if not (nested.is_nested and nested.layout == torch.jagged):
-            raise TypeError("from_jagged: needs a nested tensor with layout=torch.jagged")
+        if not (isinstance(nested, Tensor) and nested.is_nested and nested.layout == torch.jagged):
+            raise TypeError(f"from_jagged: needs a nested tensor with layout=torch.jagged, got {_describe(nested)}")
         values, offsets = nested.values(), nested.offsets()  # type: ignore[attr-defined]
         lengths = nested.lengths() if hasattr(nested, "lengths") else None
         if lengths is not None:  # a narrowed jagged tensor has holes between its rows

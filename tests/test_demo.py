@@ -367,6 +367,8 @@ def test_errors_say_what_to_do(options, monkeypatch, tmp_path):
         run(other(options, batch=0), Loader())
     with pytest.raises(DemoError, match="prompt style"):
         run(other(options, prompt_style="poem"), Loader())
+    with pytest.raises(DemoError, match=r"--out .*latin\.txt/x: no folder can be made there \(Not a directory\)"):
+        run(other(options, out=tmp_path / "latin.txt" / "x"), Loader())
     with pytest.raises(DemoError, match=r"expected a \.gguf file"):
         run(other(options, model=tmp_path / "nowhere"), Loader())
     monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
@@ -381,6 +383,9 @@ def test_command_line_exit_codes(options, monkeypatch):
     failed = CliRunner().invoke(cli.app, arguments)
     assert failed.exit_code == 1 and "there is no such file" in failed.output
     assert isinstance(failed.exception, SystemExit)  # a sentence, not a traceback
+    # rich takes [default: ...] for markup and swallows it
+    words = CliRunner().invoke(cli.app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+    assert "without it, Python's reference" in words and "without it, SmolLM2-135M" in words
 
     def stop(*args: object) -> None:
         raise KeyboardInterrupt

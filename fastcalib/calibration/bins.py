@@ -39,6 +39,12 @@ class AdaptiveECE(NamedTuple):
     bound: Tensor
 
 
+def check_count(argument: str, value: int) -> None:
+    """Raise unless it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument} must be an int, at least 1, got {value!r}")
+
+
 def cell_index(confidence: Tensor, cells: int) -> Tensor:
     """Cell of each confidence, int64. Cells are ``(i / cells, (i + 1) / cells]``; the first one also holds exactly 0.
 
@@ -59,10 +65,11 @@ def coarsen(cells: Tensor, n_bins: int) -> Tensor:
         ValueError: if n_bins does not divide C.
     """
     total = cells.shape[-1]
-    if n_bins < 1 or total % n_bins:
+    check_count("n_bins", n_bins)
+    if total % n_bins:
         raise ValueError(
             f"n_bins must divide the {total} cells of this state, got {n_bins}; "
-            f"choose a divisor or create the state with cells={n_bins * max(1, round(total / max(n_bins, 1)))}"
+            f"choose a divisor or create the state with cells={n_bins * max(1, round(total / n_bins))}"
         )
     return cells.unflatten(-1, (n_bins, total // n_bins)).sum(-1)
 
@@ -98,8 +105,7 @@ def adaptive_error(count: Tensor, hits: Tensor, confidence: Tensor, n_bins: int)
     min(k, h), and their confidences differ by at most the cell's width, so the error of that piece is bounded (derived)
     and the bounds of all pieces add up.
     """
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    check_count("n_bins", n_bins)
     results = [_adaptive_row(c, h, s, n_bins) for c, h, s in zip(count, hits, confidence, strict=True)]
     value = torch.stack([r[0] for r in results])
     return AdaptiveECE(value, torch.stack([r[1] for r in results]))

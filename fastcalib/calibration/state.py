@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops._arguments import INTEGERS
 from ..ops.types import TokenStatistics
-from .bins import AdaptiveECE, Reliability, adaptive_error, calibration_error, cell_index, reliability
+from .bins import AdaptiveECE, Reliability, adaptive_error, calibration_error, cell_index, check_count, reliability
 from .temperature import NLLSums
 
 # Contributions are rounded to multiples of 2^-24 (3e-8, below the rounding of the float32 statistics themselves). Sums
@@ -20,6 +22,21 @@ RANK_BINS = 32  # 1, 2, 3-4, 5-8, ...: enough for any vocabulary below 2^31
 
 def _on_grid(x: Tensor) -> Tensor:
     return x.double().mul(GRID).round().div(GRID)
+
+
+def _as_temperatures(temperatures: float | Iterable[float]) -> tuple[float, ...]:
+    numbers: tuple[float, ...] = ()
+    try:
+        single = not isinstance(temperatures, Iterable) or (isinstance(temperatures, Tensor) and not temperatures.dim())
+        numbers = tuple(float(t) for t in ((temperatures,) if single else temperatures))  # type: ignore[arg-type, union-attr]
+    except (TypeError, ValueError):
+        pass  # of no use, and said so below
+    if not numbers or not all(0 < t < math.inf for t in numbers):
+        raise ValueError(
+            "CalibrationState: temperatures must be a positive finite number or a sequence of them, got "
+            f"{temperatures!r}"
+        )
+    return numbers
 
 
 class CalibrationState:
@@ -79,12 +96,8 @@ class CalibrationState:
         cells: int = 3840,
         device: torch.device | str | None = None,
     ) -> None:
-        values = (temperatures,) if isinstance(temperatures, (int, float)) else tuple(temperatures)
-        self.temperatures = tuple(float(t) for t in values)
-        if not self.temperatures or not all(t > 0 for t in self.temperatures):
-            raise ValueError(f"CalibrationState: temperatures must be positive numbers, got {temperatures!r}")
-        if cells < 1:
-            raise ValueError(f"CalibrationState: cells must be at least 1, got {cells}")
+        self.temperatures = _as_temperatures(temperatures)
+        check_count("CalibrationState: cells", cells)
         k = len(self.temperatures)
         for name in self._SCALARS:
             setattr(self, name, torch.zeros((), dtype=torch.int64, device=device))
@@ -107,6 +120,14 @@ class CalibrationState:
         Raises:
             ValueError: statistics without ``log_prob``, or shapes that do not fit the target and the temperatures.
         """
+        if not isinstance(stats, TokenStatistics):
+            raise TypeError(
+                f"update: stats must be what fastcalib.statistics(logits, target, temperatures) returns, got "
+                f"{type(stats).__name__}"
+            )
+        if not isinstance(target, Tensor) or target.dtype not in INTEGERS:
+            got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise TypeError(f"update: target must be a tensor of token ids, the same as for statistics, got {got}")
         if stats.log_prob is None:
             raise ValueError("update: stats has no log_prob; call statistics with the target as its index")
         k, device = len(self.temperatures), self.hits.device
@@ -120,7 +141,7 @@ class CalibrationState:
         def rows(x: Tensor) -> Tensor:  # (*[, K]) -> (N, K), on the state's device
             return x.detach().to(device).reshape(-1, k)
 
-        target = target.to(device).reshape(-1)
+        target = target.to(device, torch.int64).reshape(-1)  # a uint8 156 would compare equal to -100
         wanted = target != ignore_index
         defined = rows(stats.entropy).isnan().logical_not().all(-1)
         use = wanted & defined
@@ -155,6 +176,8 @@ class CalibrationState:
         Raises:
             ValueError: other temperatures or another number of cells.
         """
+        if not isinstance(other, CalibrationState):
+            raise TypeError(f"merge: needs another CalibrationState, got {type(other).__name__}")
         if self.temperatures != other.temperatures or self.cell_count.shape != other.cell_count.shape:
             mine, theirs = ((s.temperatures, s.cell_count.shape[1]) for s in (self, other))
             raise ValueError(f"merge: states must agree in temperatures and cells, got {mine} and {theirs}")
@@ -166,7 +189,10 @@ class CalibrationState:
 
     def select(self, indices: Sequence[int]) -> CalibrationState:
         """The same tokens at some of the temperatures, given by position."""
-        index = list(indices)
+        index = list(indices) if isinstance(indices, Iterable) else [indices]
+        k = len(self.temperatures)
+        if not index or not all(isinstance(i, int) and -k <= i < k for i in index):
+            raise ValueError(f"select: needs positions among the {k} temperatures {self.temperatures}, got {indices!r}")
         out = CalibrationState(
             [self.temperatures[i] for i in index], cells=self.cell_count.shape[1], device=self.hits.device
         )
@@ -251,6 +277,6 @@ class CalibrationState:
 
     def top_k_accuracy(self, k: int) -> Tensor:
         """Share of ranked targets with fewer than k tokens above them, float64 (); k a power of two (as the bins)."""
-        if k < 1 or k & (k - 1):
-            raise ValueError(f"top_k_accuracy: k must be a power of two, got {k}")
+        if not isinstance(k, int) or k < 1 or k & (k - 1):
+            raise ValueError(f"top_k_accuracy: k must be a power of two, got {k!r}")
         return self.rank_count[: k.bit_length()].sum() / self.rank_count.sum().double()

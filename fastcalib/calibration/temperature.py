@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._arguments import BadTokenId, raise_bad_target
+from ..ops._arguments import BadTokenId, check_target, raise_bad_target
 from ..ops.statistics import statistics
 from ..ops.types import TokenStatistics
 
@@ -39,7 +39,7 @@ class NLLSums(NamedTuple):
         """Sums over the tokens of ``statistics(logits, target, temperatures)``, ignored ones left out."""
         if stats.log_prob is None:
             raise ValueError("from_statistics: stats has no log_prob; call statistics(logits, target, temperatures)")
-        keep = (target != ignore_index)[..., None]
+        keep = (target.to(torch.int64) != ignore_index)[..., None]  # a uint8 156 would compare equal to -100
         k = len(temperatures)
 
         def total(x: Tensor) -> Tensor:
@@ -112,9 +112,12 @@ def fit_temperature_from(
         >>> round(fit.temperature, 9), fit.at_bound
         (2.0, False)
     """
-    low, high = bounds
+    try:
+        low, high = (float(t) for t in bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
     if not 0 < low < high < math.inf:
-        raise ValueError(f"bounds must be two finite temperatures, 0 < low < high, got {bounds}")
+        raise ValueError(f"bounds must be two finite temperatures, 0 < low < high, got {bounds!r}")
     if n_temperatures < 3:
         raise ValueError(f"n_temperatures must be at least 3, got {n_temperatures}")
 
@@ -168,6 +171,8 @@ def fit_temperature(
         >>> abs(fit.temperature - 4 / math.log(3)) < 1e-5
         True
     """
+    width = check_target("fit_temperature", logits, target, vocab_size)
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     n = int((target != ignore_index).sum())
     if n == 0:
         raise ValueError(f"fit_temperature: no target differs from ignore_index={ignore_index}")
@@ -179,7 +184,7 @@ def fit_temperature(
                 logits, target, temperatures, vocab_size=vocab_size, ignore_index=ignore_index, backend=backend
             )
         except BadTokenId:
-            raise_bad_target(target, vocab_size or logits.shape[-1], ignore_index)
+            raise_bad_target(target, width, ignore_index)
         sums = NLLSums.from_statistics(stats, target, temperatures, ignore_index)
         return NLLSums(*(x / n for x in sums))
 
@@ -243,7 +248,10 @@ def _at_bound(nodes: list[_Node]) -> _Node | None:
 
 def _require_finite(nodes: list[_Node]) -> None:
     if not all(math.isfinite(n.nll) and math.isfinite(n.slope) for n in nodes):
-        raise ValueError("temperature fit: NLL is not finite; there are no tokens, or a target has probability zero")
+        raise ValueError(
+            "temperature fit: NLL is not finite; there are no tokens, a target has probability zero (its logit is "
+            "-inf), or the logits hold NaN"
+        )
 
 
 def _result(

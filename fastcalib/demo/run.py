@@ -136,6 +136,10 @@ def _check(options: DemoOptions) -> None:
             raise DemoError(f"{name.replace('n_', '')} must be at least 1, got {getattr(options, name)}")
     if options.prompt_style not in ("plain", "chat"):
         raise DemoError(f'prompt style must be "plain" or "chat", got {options.prompt_style!r}')
+    try:  # now, not after minutes of measuring
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {options.out}: no folder can be made there ({error.strerror})") from None
 
 
 def _cost(windows: Windows, model: LanguageModel, on_step: Callable[[], None]) -> dict[str, Any]:

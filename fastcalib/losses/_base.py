@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import TokenStatistics, statistics
-from ..ops._arguments import BadTokenId, check_logits, raise_bad_target
-from ._options import Settings, check_number, make_settings
+from ..ops._arguments import NUMBERS, BadTokenId, raise_bad_target
+from ..ops._arguments import check_target as check_target
+from ._options import OPTION_NAMES, Settings, check_number, make_settings
 
 if TYPE_CHECKING:
     from ._options import Options
 
 PER_TEMPERATURE = ("logsumexp", "entropy", "max_prob", "collision", "mean_logit", "var_logit", "log_prob")
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ def reduce_loss(
 def number_of_items(num_items_in_batch: int | float | Tensor, device: torch.device) -> int | float | Tensor:
     """The number on the device of the loss; a tensor must hold one element. No synchronisation."""
     if not isinstance(num_items_in_batch, Tensor):
+        if not isinstance(num_items_in_batch, NUMBERS):
+            raise TypeError(f"num_items_in_batch must be a number or a tensor of one, got {num_items_in_batch!r}")
         if not num_items_in_batch > 0:
             raise ValueError(f"num_items_in_batch must be positive, got {num_items_in_batch}")
         return num_items_in_batch
@@ -136,27 +138,14 @@ def number_of_items(num_items_in_batch: int | float | Tensor, device: torch.devi
     return num_items_in_batch.detach().reshape(()).to(device)
 
 
-def check_target(name: str, logits: Tensor, target: Tensor, vocab_size: int | None) -> int:
-    """Shapes and dtypes; returns the size of the vocabulary."""
-    width = check_logits(logits, vocab_size)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name}: target must be a tensor of token ids, got {type(target).__name__}")
-    if target.dtype not in INTEGERS:
-        raise TypeError(
-            f"{name}: target must hold token ids in an integer dtype, got {target.dtype}; for class probabilities use "
-            "fastcalib.functional.cross_entropy"
-        )
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{name}: target must have the leading dimensions {tuple(logits.shape[:-1])} of logits "
-            f"{tuple(logits.shape)}, got {tuple(target.shape)}"
-        )
-    return width
-
-
 def broadcast(name: str, argument: str, value: Any, target: Tensor) -> Tensor:
     """A per-token argument as a tensor of the target's shape."""
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device=target.device)
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device=target.device)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: {argument} must be a tensor or what torch.as_tensor makes one of, got {value!r}"
+        ) from None
     try:
         return tensor.expand(target.shape)
     except RuntimeError:
@@ -170,6 +159,8 @@ def token_tensors(
 ) -> dict[str, Tensor]:
     """The formula's token arguments (and weight) in the target's shape, defaults filled in."""
     for argument in given:
+        if argument in OPTION_NAMES:  # the functions take options; here they belong to the module
+            raise TypeError(f"{formula.name}: {argument} goes to the module's constructor, not to its call")
         if argument not in (*formula.token_arguments, "weight"):
             raise TypeError(f"{formula.name}() got an unexpected keyword argument {argument!r}")
     tensors = {k: broadcast(formula.name, k, v, target) for k, v in given.items() if v is not None}
@@ -188,6 +179,7 @@ def compute(
 ) -> Tensor:
     """A whole loss from the logits: one read, the formula, the reduction."""
     width = check_target(formula.name, logits, target, settings.vocab_size)
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     tensors = token_tensors(formula, own, target, token_arguments)
     try:
         stats = read(

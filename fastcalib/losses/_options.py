@@ -11,6 +11,8 @@ from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
 
+from ..ops._arguments import NUMBERS, check_ignore_index
+
 REDUCTIONS = ("none", "mean", "sum")
 # Stands in the docstring of every loss; at run time the text of `Options` takes its place.
 COMMON = ":class:`fastcalib.losses.Options` lists the other arguments, the shapes and the errors."
@@ -80,7 +82,8 @@ class Settings:
         check_number("label_smoothing", self.label_smoothing, "[0, 1]")
         check_number("z_loss", self.z_loss, "(-inf, inf)")
         check_number("entropy_bonus", self.entropy_bonus, "(-inf, inf)")
-        if not isinstance(self.temperature, (int, float, Tensor)):
+        check_ignore_index(self.ignore_index)
+        if not isinstance(self.temperature, (*NUMBERS, Tensor)):
             raise TypeError(
                 f"temperature must be a number or a tensor that broadcasts to the target, got "
                 f"{type(self.temperature).__name__}; a loss has one temperature per token"

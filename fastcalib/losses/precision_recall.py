@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import TokenStatistics
 from ._base import Formula, TokenLoss, apply, broadcast
-from ._options import documented, module_doc
+from ._options import check_number, documented, module_doc
 from .likelihood import log_p, p_fixed, weighted_nll
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ def _trunc(stats: TokenStatistics, target: Tensor, *, threshold: float | Tensor)
 def _trunc_r(stats: TokenStatistics, target: Tensor, *, threshold: float | Tensor) -> Tensor:
     nll = -log_p(stats)
     return torch.where(nll.detach() > threshold, nll, 0.0)
+
+
+def _check_threshold(threshold: float | Tensor, loss: str) -> None:
+    if not isinstance(threshold, Tensor):
+        check_number("threshold", threshold, "[-inf, inf]", loss)
 
 
 def _c_div(stats: TokenStatistics, target: Tensor, *, alpha: float, w_max: float) -> Tensor:
@@ -197,6 +202,7 @@ def trunc(logits: Tensor, target: Tensor, *, threshold: float | Tensor, **option
         >>> fastcalib.losses.trunc(logits, torch.tensor([0, 0]), threshold=5.0, reduction="none")
         tensor([0.6931, 0.0000])
     """
+    _check_threshold(threshold, "trunc")
     return apply(TRUNC, {"threshold": threshold}, logits, target, options)
 
 
@@ -221,6 +227,7 @@ def trunc_r(logits: Tensor, target: Tensor, *, threshold: float | Tensor, **opti
         >>> fastcalib.losses.trunc_r(logits, torch.tensor([0, 0]), threshold=5.0, reduction="none")
         tensor([0.0000, 9.0001])
     """
+    _check_threshold(threshold, "trunc_r")
     return apply(TRUNC_R, {"threshold": threshold}, logits, target, options)
 
 

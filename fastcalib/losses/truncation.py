@@ -37,6 +37,8 @@ class _RunningQuantile(TokenLoss):
     def __init__(self, formula: Formula, drop: float, buffer_size: int, quantile: float, options: Options) -> None:
         check_number("drop", drop, "[0, 1]", formula.name)
         check_number("buffer_size", buffer_size, "[1, 16000000]", formula.name)
+        if not isinstance(buffer_size, int):
+            raise TypeError(f"{formula.name}: buffer_size must be an int, got {buffer_size!r}")
         super().__init__(formula, {}, options)
         self.drop, self.quantile = drop, quantile
         self.register_buffer("recent", torch.zeros(buffer_size))

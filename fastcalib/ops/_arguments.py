@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,18 +17,26 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # dtype codes shared with csrc/bindings.cpp
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 Temperature = float | Sequence[float] | Tensor
+NUMBERS = (int, float, np.integer, np.floating)
+# Between these 1/T and its product with any logit difference keep their meaning in float32. Greedy decoding is argmax.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-30, 1e15
 
 
 def check_logits(logits: Tensor, vocab_size: int | None) -> int:
     """Validate logits (*, V) and return the number of real columns."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
+        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}; torch.as_tensor converts arrays")
     if type(logits).__name__ == "DTensor":
         raise TypeError(
             "logits is a DTensor: fastcalib reads raw memory and has no sharding rule yet. "
             "Call .full_tensor() first, or .to_local() when every rank holds whole rows"
         )
+    if logits.is_nested or logits.layout is not torch.strided:
+        kind = "nested" if logits.is_nested else str(logits.layout)
+        raise TypeError(f"logits must be a dense tensor (*, V), got a {kind} one; pass the values of its rows")
     if logits.dtype not in FLOATING:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -42,12 +51,27 @@ def check_logits(logits: Tensor, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def _check_number(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"temperature must be a number, a sequence of numbers or a tensor, got {value!r}")
-    if not 0 < value < math.inf:  # not math.isfinite, which torch.compile cannot apply to a variable
-        raise ValueError(f"temperature must be positive and finite, got {value}")
+def check_ignore_index(ignore_index: int) -> None:
+    """Raise unless it is an integer; the registered operation would, in terms of its schema."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int (a token id that stands for no token), got {ignore_index!r}")
+
+
+def _check_number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+        raise TypeError(
+            f"temperature must be a number, a sequence of numbers (several for all rows) or a tensor (one a row), got "
+            f"{value!r}"
+        )
+    if not LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE:
+        raise ValueError(_bad_temperature("temperature", float(value)))
     return float(value)
+
+
+def _bad_temperature(where: str, value: float) -> str:
+    return (
+        f"{where} must be positive and finite, got {value} (allowed: {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g})"
+    )
 
 
 def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Tensor, bool]:
@@ -56,15 +80,15 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
     if isinstance(temperature, Tensor):
         if not temperature.dtype.is_floating_point:
             raise TypeError(f"a temperature tensor must be floating point, got {temperature.dtype}")
-        if temperature.device.type == "cpu" and logits.device.type != "cpu" and temperature.dim() > 0:
-            raise ValueError(f"temperature is on the CPU, the logits are on {logits.device}")
+        if temperature.device != logits.device and not (temperature.device.type == "cpu" and temperature.dim() == 0):
+            raise ValueError(f"temperature is on {temperature.device}, the logits are on {logits.device}")
         if not torch.compiler.is_compiling() and temperature.device.type == "cpu" and not _is_fake(temperature):
-            bad = ~((temperature > 0) & temperature.isfinite())
+            bad = ~((temperature >= LOWEST_TEMPERATURE) & (temperature <= HIGHEST_TEMPERATURE))
             if bad.any():
                 position = tuple(bad.nonzero()[0].tolist())
                 where = f"temperature{list(position)}" if position else "temperature"
-                raise ValueError(f"{where} must be positive and finite, got {float(temperature[position].detach())}")
-        flat = temperature.to(torch.float64)
+                raise ValueError(_bad_temperature(where, float(temperature[position].detach())))
+        flat = temperature.to(logits.device, torch.float64)
         if flat.dim() == 0 or (flat.numel() == 1 and flat.dim() <= len(leading)):
             return flat.reshape(1, 1), False
         try:
@@ -75,8 +99,10 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
                 f"shape {tuple(temperature.shape)}; pass a list of numbers for several temperatures per row"
             ) from None
         return flat.reshape(-1, 1), False
+    if isinstance(temperature, (str, bytes)):  # a sequence, whose characters alone would be named
+        _check_number(temperature)
     if isinstance(temperature, Sequence):
-        values = [_check_number(t) for t in temperature]  # a string fails here: its characters are no numbers
+        values = [_check_number(t) for t in temperature]
         if not values:
             raise ValueError("temperature is an empty sequence; pass at least one number")
         return _row_of(values, logits.device), True
@@ -121,11 +147,19 @@ def normalise_index(index: Tensor | ValidSets, logits: Tensor, name: str = "inde
     if isinstance(index, ValidSets):
         if len(index) != n_rows:
             raise ValueError(f"{name} holds {len(index)} sets for {n_rows} rows of logits {tuple(logits.shape)}")
+        if index.values.device != logits.device:
+            raise ValueError(
+                f"{name} is on {index.values.device}, the logits are on {logits.device}; move it by "
+                f"{name}.to(logits.device)"
+            )
         return Index(index.values, 0, index.offsets, (index.values.shape[0],))
     if not isinstance(index, Tensor):
-        raise TypeError(f"{name} must be a tensor or a ValidSets, got {type(index).__name__}")
-    if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-        raise TypeError(f"{name} must hold integers (token ids), got {index.dtype}")
+        raise TypeError(
+            f"{name} must be a tensor or a ValidSets, got {type(index).__name__}; torch.as_tensor(ids) makes the one, "
+            "ValidSets.from_lists(sets) the other"
+        )
+    if index.dtype not in INTEGERS:
+        raise TypeError(f"{name} must hold integers (token ids; int64, int32, int16, int8 or uint8), got {index.dtype}")
     if index.device != logits.device:
         raise ValueError(f"{name} is on {index.device}, the logits are on {logits.device}")
     shape = tuple(index.shape)
@@ -135,11 +169,36 @@ def normalise_index(index: Tensor | ValidSets, logits: Tensor, name: str = "inde
         per_row = index.shape[-1]
     else:
         raise ValueError(
-            f"{name} must have shape {leading} (one token a row) or {(*leading, 'M')} for logits of shape "
+            f"{name} must have shape {leading} (one token a row) or {with_axis(leading)} for logits of shape "
             f"{tuple(logits.shape)}, got {shape}"
         )
     # contiguous: a reshape of index[:, ::2] may be a view with a stride, and kernels take a bare pointer
     return Index(index.reshape(-1).to(torch.int64).contiguous(), per_row, None, shape)
+
+
+def check_target(name: str, logits: Tensor, target: Tensor, vocab_size: int | None) -> int:
+    """Shapes and dtypes of a loss's arguments; returns the size of the vocabulary. ``name`` is the loss."""
+    width = check_logits(logits, vocab_size)
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            f"{name}: target must be a tensor of token ids, got {type(target).__name__}; torch.as_tensor makes one"
+        )
+    if target.dtype not in INTEGERS:
+        raise TypeError(
+            f"{name}: target must hold token ids in an integer dtype (int64, int32, int16, int8 or uint8), got "
+            f"{target.dtype}; for class probabilities use fastcalib.functional.cross_entropy"
+        )
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name}: target must have the leading dimensions {tuple(logits.shape[:-1])} of logits "
+            f"{tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+    return width
+
+
+def with_axis(leading: tuple[int, ...], axis: str = "M") -> str:
+    """The shape (*, M) in words, for messages."""
+    return f"({', '.join(map(str, (*leading, axis)))})"
 
 
 class BadTokenId(ValueError):

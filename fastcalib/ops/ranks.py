@@ -13,12 +13,14 @@ from ._arguments import (
     Index,
     Temperature,
     check_ids_eager,
+    check_ignore_index,
     check_logits,
     flat_index,
     normalise_index,
     normalise_temperature,
     raise_bad_id,
     row_layout,
+    with_axis,
 )
 from ._library import LIBRARY
 from .types import TokenRanks
@@ -148,6 +150,7 @@ def ranks(
     width = check_logits(logits, vocab_size)
     if (index is None) == (thresholds is None):
         raise ValueError("ranks needs exactly one of index (token ids) and thresholds (numbers)")
+    check_ignore_index(ignore_index)
     temperatures, has_axis = None, False
     if temperature is not None:
         temperatures, has_axis = normalise_temperature(temperature, logits)
@@ -184,7 +187,7 @@ def _normalise_thresholds(thresholds: Tensor | None, logits: Tensor) -> tuple[In
         per_row = shape[-1]
     else:
         raise ValueError(
-            f"thresholds must have shape {leading} or {(*leading, 'M')} for logits of shape {tuple(logits.shape)}, "
+            f"thresholds must have shape {leading} or {with_axis(leading)} for logits of shape {tuple(logits.shape)}, "
             f"got {shape}"
         )
     flat = thresholds.detach().reshape(-1).to(statistics_dtype(logits.dtype))

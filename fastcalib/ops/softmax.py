@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import eager
 from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
-from ._arguments import check_logits, normalise_temperature, row_layout
+from ._arguments import NUMBERS, check_logits, normalise_temperature, row_layout
 from ._library import LIBRARY
 from ._memory import empty_like_logits
 
@@ -127,7 +127,7 @@ torch.library.register_autograd("fastcalib::softmax", _autograd, setup_context=_
 
 def _call(logits: Tensor, temperature: float | Tensor, vocab_size: int | None, backend: str, log: bool) -> Tensor:
     width = check_logits(logits, vocab_size)
-    if not isinstance(temperature, (int, float, Tensor)):
+    if not isinstance(temperature, (*NUMBERS, Tensor)):
         raise TypeError(
             f"temperature must be a number or a tensor over the leading dimensions, got {type(temperature).__name__}; "
             "a dense softmax takes one temperature a row (statistics takes several)"

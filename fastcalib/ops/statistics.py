@@ -15,6 +15,7 @@ from ._arguments import (
     Index,
     Temperature,
     check_ids_eager,
+    check_ignore_index,
     check_logits,
     flat_index,
     normalise_index,
@@ -332,6 +333,7 @@ def statistics(
         tensor([[-0.7500, -0.7500,  2.2500, -0.7500]])
     """
     width = check_logits(logits, vocab_size)
+    check_ignore_index(ignore_index)
     ids = None if index is None else normalise_index(index, logits)
     temperatures, has_axis = normalise_temperature(temperature, logits)
     if ranks:
