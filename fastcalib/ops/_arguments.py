@@ -222,11 +222,12 @@ def raise_bad_id(index: Index, position: int, vocab_size: int, ignore_index: int
 def raise_bad_target(target: Tensor, vocab_size: int, ignore_index: int) -> NoReturn:
     """The same error under the name and in the shape that a loss has for its token ids."""
     ids = target.reshape(-1).to(torch.int64)
-    position = int(_outside(ids, vocab_size, ignore_index).nonzero()[0])
+    position = int(outside(ids, vocab_size, ignore_index).nonzero()[0])
     raise_bad_id(Index(ids, 1, None, tuple(target.shape)), position, vocab_size, ignore_index, "target")
 
 
-def _outside(ids: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+def outside(ids: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    """Which ids are neither in [0, vocab_size) nor ignore_index."""
     return ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
 
 
@@ -241,7 +242,7 @@ def check_ids_eager(index: Index, vocab_size: int, ignore_index: int) -> None:
     ids = index.ids
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(ids):
         return
-    bad = _outside(ids, vocab_size, ignore_index)
+    bad = outside(ids, vocab_size, ignore_index)
     if bad.any():
         raise_bad_id(index, int(bad.nonzero()[0]), vocab_size, ignore_index)
 
