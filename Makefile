@@ -20,7 +20,8 @@ TORCH := torch==2.13.0
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized-package
-KERNEL_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py)
+KERNEL_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py) \
+	tests/test_edge_cases.py tests/test_determinism.py tests/test_fused.py
 
 .PHONY: demo test bench lint sanitize clean
 .DELETE_ON_ERROR:
