@@ -22,7 +22,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., cudart.Library]:
     def compiled(*options: str, sm: int = 90) -> cudart.Library:
-        return cudart.compile([Path(__file__).with_name("lse.cu")], tmp_path_factory.mktemp("cu"), sm=sm, options=options)
+        return cudart.compile(
+            [Path(__file__).with_name("lse.cu")], tmp_path_factory.mktemp("cu"), sm=sm, options=options
+        )
 
     return compiled
 
@@ -67,5 +69,8 @@ def test_runtime_calls_structures_and_shared_memory_limits(library: cudart.Libra
 
 def test_a_missing_barrier_in_cuda(build: Callable[..., cudart.Library]) -> None:
     values, bins = torch.randint(0, 200, (1000,), dtype=torch.int32), torch.zeros(200, dtype=torch.int32)
-    with build("-DWITHOUT_BARRIER", sm=80).run(sm=80) as run, pytest.raises(EmulatorError, match="race on shared memory"):
+    with (
+        build("-DWITHOUT_BARRIER", sm=80).run(sm=80) as run,
+        pytest.raises(EmulatorError, match="race on shared memory"),
+    ):
         run.call("launch_histogram", values, bins, 1000, 200, 0, None)

@@ -251,7 +251,10 @@ def test_reading_output_memory_that_nobody_wrote() -> None:
         ("setp.lt.u32 %p1, %r0, 16; @%p1 bra a; bar.sync 0; a: ", "only a part of a warp"),
         ("setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;", "32 threads of the CTA had exited"),
         ("setp.lt.u32 %p1, %r0, 32; @%p1 bra a; bar.sync 1; bra.uni b; a: bar.sync 2; b:", "deadlock at barriers"),
-        ("setp.lt.u32 %p1, %r0, 32; @%p1 bra a; bar.sync 1, 64; a:", "deadlock at barriers.*32 of 64 threads at barrier 1"),
+        (
+            "setp.lt.u32 %p1, %r0, 32; @%p1 bra a; bar.sync 1, 64; a:",
+            "deadlock at barriers.*32 of 64 threads at barrier 1",
+        ),
     ],
 )
 def test_divergent_barriers(body: str, message: str) -> None:
@@ -284,4 +287,6 @@ def test_all_reports_of_a_launch_are_listed() -> None:
     body = "mad.wide.u32 %d20, %r2, 4, %d0; ld.global.f32 %r10, [%d20+16]; st.global.f32 [%d20+1], %r10; trap;"
     with caught("trap") as found:
         launch(kernel(body, 1), [x], block=1)
-    assert [bool(re.search(p, r)) for p, r in zip(("out-of-bounds read", "misaligned write", "trap"), found.value.reports)] == [True] * 3
+    assert [
+        bool(re.search(p, r)) for p, r in zip(("out-of-bounds read", "misaligned write", "trap"), found.value.reports)
+    ] == [True] * 3
