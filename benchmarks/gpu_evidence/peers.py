@@ -6,9 +6,10 @@ DIR holds the peers, installed apart from this project's environment because the
 
     pip install --no-deps --target DIR liger-kernel==0.8.5 fla-core==0.6.0 einops unsloth==2026.10.9
 
-Bytes are those of the logits and of what is as large as they are, as multiples of the logits' own size: what the launches asked
-for in total, so a second read counts although a cache may serve it. Instructions and ex2 are of the PTX, for each logit. Errors
-are against float64 on the same rounded logits. None of this is a time: nothing here has run on a GPU.
+Bytes are those of the logits and of what is as large as they are, as multiples of the logits' own size: what the
+launches asked for in total, so a second read counts although a cache may serve it. Instructions and ex2 are of the
+PTX, for each logit. Errors are against float64 on the same rounded logits. None of this is a time: nothing here has
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from triton.language.extra import libdevice
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests import emulator  # noqa: E402
+from tests import emulator
 
 
 @dataclass
@@ -216,8 +217,8 @@ def main() -> None:
                     continue
                 rows.append(row)
                 print(
-                    f"| {row.peer} | {row.job} | {row.dtype} | {row.read:.2f} | {row.written:.2f} | {row.wide_loads:.0%} | "
-                    f"{row.ex2:.2f} | {row.instructions:.1f} | {row.launches} | {row.error:.1e} |",
+                    f"| {row.peer} | {row.job} | {row.dtype} | {row.read:.2f} | {row.written:.2f} "
+                    f"| {row.wide_loads:.0%} | {row.ex2:.2f} | {row.instructions:.1f} | {row.launches} | {row.error:.1e} |",
                     flush=True,
                 )
     if options.json:
