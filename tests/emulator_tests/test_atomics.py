@@ -36,7 +36,8 @@ def test_operations_return_what_they_found(name: str, space: str) -> None:
     if space == "global":
         body += f"mad.wide.u32 %d21, %r11, 4, %d0; atom.global.{name} %r10, [%d21], %r12;"
     else:
-        body += "mov.u32 %r13, buffer; setp.lt.u32 %p1, %r0, 5; mad.lo.u32 %r14, %r0, 4, %r13; mad.wide.u32 %d22, %r0, 4, %d0;"
+        body += "mov.u32 %r13, buffer; setp.lt.u32 %p1, %r0, 5; mad.lo.u32 %r14, %r0, 4, %r13;"
+        body += "mad.wide.u32 %d22, %r0, 4, %d0;"
         body += "@%p1 ld.global.u32 %r15, [%d22]; @%p1 st.shared.u32 [%r14], %r15; bar.sync 0;"
         body += f"mad.lo.u32 %r16, %r11, 4, %r13; atom.shared.{name} %r10, [%r16], %r12; bar.sync 0;"
         body += "@%p1 ld.shared.u32 %r15, [%r14]; @%p1 st.global.u32 [%d22], %r15;"
@@ -60,7 +61,8 @@ def test_compare_and_swap_as_a_lock() -> None:
 def test_float_add_in_turn(ptx_type: str, dtype: torch.dtype) -> None:
     values, total = torch.randn(64, dtype=dtype), torch.zeros(1, dtype=dtype)
     size, register = dtype.itemsize, "%d10" if ptx_type == "f64" else "%r10"
-    body = f"mad.wide.u32 %d20, %r2, {size}, %d0; ld.global.{ptx_type} {register}, [%d20]; red.global.add.{ptx_type} [%d1], {register};"
+    body = f"mad.wide.u32 %d20, %r2, {size}, %d0; ld.global.{ptx_type} {register}, [%d20];"
+    body += f"red.global.add.{ptx_type} [%d1], {register};"
     launch(kernel(body, 2), [values, total], block=64)
     expected = torch.zeros((), dtype=dtype)
     for value in values:

@@ -133,7 +133,7 @@ def copy_tiles(x, y, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("batch_lanes", [1, 16384])
 def test_overlapping_tiles(batch_lanes: int) -> None:
-    """The values are right, by luck: each element is written twice with one value. Seen in one batch and over batches."""
+    """The values are right, by luck: some elements are written twice, with one value. Seen within and over batches."""
     x = torch.randn(1000)
     with emulator.triton(batch_lanes=batch_lanes):
         y = torch.empty(1000)
