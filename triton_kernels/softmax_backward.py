@@ -2,8 +2,8 @@
 
 With p (or log p) the result of forward and g its gradient, b = 1/T (csrc/cpu/softmax.h):
     softmax      dz = b p (g - sum g p)          log_softmax   dz = b (g - p sum g)          dT = -sum log p dz
-A masked token (p = 0, log p = -inf) takes no part. Two looks at g and the result, one write; where the second look finds
-them is settled as in softmax.py: whole rows last to first, or segments while all of it is in the L2 cache.
+A masked token (p = 0, log p = -inf) takes no part. Two looks at g and the result, one write; where the second look
+finds them is settled as in softmax.py: whole rows last to first, or segments while all of it is in the L2 cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _add_products(total, grads, results, LOG: tl.constexpr):
         if LOG:
             total += tl.where(results[i] > -float("inf"), grads[i], 0.0)
         else:
-            total = tl.fma(tl.where(results[i] > 0.0, grads[i], 0.0), results[i], total)
+            total += tl.where(results[i] > 0.0, grads[i] * results[i], 0.0)
     return total
 
 
@@ -140,8 +140,8 @@ def _segments(
     tl.store(products + part, _segment_product(g, r, count, LOG, LANES, VECTOR, UNROLL))
 
 
-@triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "width", "temperature_stride", "segments",
-                               "chunks"])  # fmt: skip
+@triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "width", "temperature_stride",
+                               "segments", "chunks"])  # fmt: skip
 def _write(
     grad, inner, outer_stride, inner_stride, result, out, logsumexp, vocab, width, temperature, temperature_stride,
     products, segments, totals, chunks,
@@ -228,7 +228,8 @@ def backward(
     vocab_size: int,
     log: bool,
 ) -> None:
-    """Fill ``out``, contiguous, with the gradient to the logits, and float64 (N,) with that to the temperature of each row.
+    """Fill ``out``, contiguous, with the gradient to the logits, and float64 (N,) with that to the temperature of each
+    row.
 
     Args:
         grad: upstream, columns adjacent, rows by ``layout``; ``result`` is the contiguous output of forward.
@@ -236,7 +237,7 @@ def backward(
     n_rows, width = layout[0], grad.shape[-1]
     if n_rows == 0:
         return
-    cut = launch.tiling(vocab_size, grad.dtype, warps=launch.ROW_WARPS)
+    cut = launch.tiling(vocab_size, grad.dtype, lanes=launch.ROW_LANES)
     segments = cut.segments(vocab_size)
     device = grad.device
     flat = (n_rows, n_rows, 0, width)
@@ -262,7 +263,8 @@ def backward(
         chunks = -(-width // chunk)
         _write[(n_rows * chunks,)](
             grad, *layout[1:], result, out, logsumexp, vocab_size, width, temperature, stride, products, segments,
-            totals, chunks, LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **constants,
+            totals, chunks, LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps,
+            **launch.EXACT, **constants,
         )  # fmt: skip
     if grad_temperature is not None:
         sums = torch.empty(n_rows * segments, dtype=torch.float32, device=device)
@@ -270,4 +272,4 @@ def backward(
             grad, *layout[1:], result, vocab_size, width, temperature, stride, totals, sums, segments, LOG=log,
             ALIGN=align, **cut.constants(),
         )  # fmt: skip
-        _temperature[(n_rows,)](sums, segments, logsumexp, grad_temperature, num_warps=1)
+        _temperature[(n_rows,)](sums, segments, logsumexp, grad_temperature, num_warps=1, **launch.EXACT)

@@ -1,8 +1,9 @@
 """statistics, forward: one read of the logits -> everything of TokenStatistics. Not yet run on a GPU.
 
-Two kernels. ``_segments``: one program per segment of a row and group of temperatures; it reads its logits once and leaves
-a state of 6 + 4 K numbers. ``_finish``: one warp per row merges the states in the order of the segments, in float64, gathers
-the selected logits, and writes all results. A row costs 24 + 16 K bytes of states per 64 KiB read: under 0.2%.
+Two kernels. ``_segments``: one program per segment of a row and group of temperatures; it reads its logits once and
+leaves a state of 6 + 4 K numbers. ``_finish``: one warp per row merges the states in the order of the segments, in
+float64, gathers the selected logits, and writes all results. A row costs 24 + 16 K bytes of states per 64 KiB read:
+under 0.2%.
 
 Because segments depend on V and dtype alone and always merge in the second kernel, a row has the same bits alone or in
 any batch, and few long rows still fill the machine.
@@ -38,7 +39,8 @@ from .row_state import (
 )
 
 # More selected tokens a row than this are ranked in a read of their own, which compares only what passes the lowest of
-# them: cheaper than 4 instructions per element and token here, where an H100 leaves 18 before memory stops being the limit.
+# them: cheaper than 4 instructions per element and token here, where an H100 leaves 18 before memory stops being the
+# limit.
 MAX_RANKED_ALONG = 2
 
 
@@ -387,7 +389,7 @@ def forward(
         *common, reals, integers, sums, counts, masses, segments, rows, scalars, log_prob, argmax,
         n_greater if ranked else None, n_equal if ranked else None, mass_greater if ranked else None, saved, n_rows,
         RANKED=ranked, SEGMENT=cut.segment, VECTOR=cut.vector, PARTS=launch.next_power_of_two(segments),
-        COLUMNS=min(launch.next_power_of_two(k), 16), num_warps=1,
+        COLUMNS=min(launch.next_power_of_two(k), 16), num_warps=1, **launch.EXACT,
     )  # fmt: skip
 
 
