@@ -223,6 +223,18 @@ template <class T> struct Segment {
         }
     }
 
+    // Call body(number of the vector, its values) for each vector, and keep what it leaves there.
+    template <class Body> __device__ __forceinline__ void transform(const Body& body) {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+            if (j >= slots) continue;
+            float z[kPer];
+            widen<T>(vectors[j], z);
+            body(j, z);
+            vectors[j] = narrow<T>(z);
+        }
+    }
+
     // Column, counted from the start of the segment, of element u of vector j of this thread.
     __device__ __forceinline__ static int column(int j, int u) { return j * kStride<T> + int(threadIdx.x) * kPer + u; }
 };

@@ -23,5 +23,18 @@ int launch_statistics_backward(const StatisticsBackwardArgs& args, void* workspa
 int launch_ranks(const RanksArgs& args, int64_t selected, void* workspace, Stream stream);
 
 const char* error_name(int error);
+const char* compiled_targets();  // such as "sm_80 sm_90": what this build holds machine code for
+
+// Makes a device current, and the one before again at the end.
+class OnDevice {
+   public:
+    explicit OnDevice(int device);
+    ~OnDevice();
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+   private:
+    int previous_ = -1;
+};
 
 }  // namespace fastcalib::cuda
