@@ -28,16 +28,33 @@ struct Bins {
           masses(with_masses ? counts + words(capacity, copies) : nullptr), copies(copies) {}
     __device__ __forceinline__ int copy() const { return lane_index() & (copies - 1); }
 
-    // Sum over copies of part 0 or 1 of bin p.
+    // Part 0 or 1 of bin p, once the copies are gathered.
     __device__ __forceinline__ uint64_t total(const uint32_t* bins, int p, int part) const {
-        uint64_t sum = 0;
-        for (int i = 0; i < copies; ++i) sum += bins[(2 * p + part) * copies + i];
-        return sum;
+        return bins[(2 * p + part) * copies];
     }
 };
 
 __device__ __forceinline__ void clear(uint32_t* bins, int words) {
     for (int i = int(threadIdx.x); i < words; i += kThreads) bins[i] = 0;
+}
+
+// Add the copies of every bin up into the first. Begins with a barrier.
+__device__ __forceinline__ void gather_copies(uint32_t* bins, int count, int copies) {
+    __syncthreads();
+    const int words = 2 * (count + 1);
+    if (copies == 32) {
+        for (int w = warp_index(); w < words; w += kWarps) {
+            const uint32_t sum = __reduce_add_sync(kAllLanes, bins[w * 32 + lane_index()]);
+            __syncwarp();
+            if (lane_index() == 0) bins[w * 32] = sum;
+        }
+    } else if (copies > 1) {
+        for (int w = int(threadIdx.x); w < words; w += kThreads) {
+            uint32_t sum = bins[w * copies];
+            for (int i = 1; i < copies; ++i) sum += bins[w * copies + i];
+            bins[w * copies] = sum;
+        }
+    }
 }
 
 // Number of keys below v; the keys ascend.

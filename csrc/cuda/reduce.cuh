@@ -37,7 +37,7 @@ struct ReduceMemory {
     double sum[kWarps], square[kWarps], careful[kWarps];
     int64_t count[kWarps];
     double four[2][kWarps][4];
-    int argmax, masked, undefined;
+    int argmax, masked, undefined, unused;  // read as one vector, hence four of them
 };
 
 __device__ __forceinline__ double over_warps(const double* parts) {

@@ -90,7 +90,7 @@ __device__ __forceinline__ float find_top(const Segment<T>& segment, ReduceMemor
     }
     if (threadIdx.x == 0) {
         memory.argmax = kSegmentLength<T>;
-        memory.masked = memory.undefined = 0;
+        memory.masked = memory.undefined = memory.unused = 0;
     }
     __syncthreads();
     sum = over_warps(memory.sum);

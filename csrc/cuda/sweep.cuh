@@ -46,6 +46,7 @@ __device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int
             a.partial.sums(row, segment_index, k)[threadIdx.x] = sum;
         }
         if constexpr (Masses) {
+            gather_copies(bins.masses, count, bins.copies);
             uint64_t* out = a.partial.masses(segment_index, k, position);
             sum_above(
                 count, scan, [&](int p) { return (bins.total(bins.masses, p, 0) << 17) + bins.total(bins.masses, p, 1); },
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(kThreads, Counting ? 2 : 3) sweep_kernel(const
                                                memory.reduce, memory.scan);
         }
         if constexpr (Counting) {
+            gather_copies(bins.counts, count, bins.copies);
             uint2* out = a.partial.counts(split, position);
             sum_above(
                 count, memory.scan,

@@ -28,17 +28,17 @@ def _check_dtype(logits: Tensor) -> None:
         raise TypeError(f'backend "cuda" takes float32, bfloat16 or float16 logits, got {logits.dtype}; use "eager"')
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _launch(name: str, device: torch.device, *arguments: int) -> None:
-    """Ask how much scratch memory a call needs, get it, and call."""
+def _launch(name: str, *arguments: Tensor | int | None) -> None:
+    """Ask how much scratch memory a call needs, get it, and call on the current stream. The logits come first."""
+    logits = arguments[0]
+    assert isinstance(logits, Tensor)
+    device = logits.device
+    numbers = [_pointer(a) if isinstance(a, Tensor) or a is None else a for a in arguments]
     function = getattr(_module(), name)
     index = device.index or 0
-    size = function(*arguments, 0, index, 0)
-    scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
-    function(*arguments, scratch.data_ptr(), index, _stream(device))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    scratch = torch.empty(max(function(*numbers, 0, index, stream), 1), dtype=torch.uint8, device=device)
+    function(*numbers, scratch.data_ptr(), index, stream)
 
 
 def statistics_forward(
@@ -59,10 +59,9 @@ def statistics_forward(
         return out
     temperature = temperature.contiguous()
     _launch(
-        "cuda_statistics_forward", logits.device, *layout.args(), vocab_size,
-        temperature.data_ptr(), temperature.shape[0], temperature.shape[1],
-        _pointer(index), 0 if index is None else index.shape[0], per_row, _pointer(offsets), ignore_index, ranks,
-        *(t.data_ptr() for t in out),
+        "cuda_statistics_forward", layout.tensor, *layout.args()[1:], vocab_size,
+        temperature, temperature.shape[0], temperature.shape[1],
+        index, 0 if index is None else index.shape[0], per_row, offsets, ignore_index, ranks, *out,
     )  # fmt: skip
     return out
 
@@ -117,10 +116,9 @@ def backward_into(
     temperature = temperature.contiguous()
     keep = [t.contiguous() for t in (rows, scalars, saved, grad_rows, grad_scalars, grad_log_prob)]
     _launch(
-        "cuda_statistics_backward", logits.device, *layout.args(), vocab_size, logits.shape[-1],
-        temperature.data_ptr(), temperature.shape[0], temperature.shape[1],
-        _pointer(index), per_row, _pointer(offsets), ignore_index, *(t.data_ptr() for t in keep),
-        target.tensor.data_ptr(), target.inner, target.outer_stride, target.inner_stride,
+        "cuda_statistics_backward", layout.tensor, *layout.args()[1:], vocab_size, logits.shape[-1],
+        temperature, temperature.shape[0], temperature.shape[1], index, per_row, offsets, ignore_index, *keep,
+        out, target.inner, target.outer_stride, target.inner_stride,
     )  # fmt: skip
 
 
@@ -147,8 +145,7 @@ def ranks(
     thresholds = None if thresholds is None else thresholds.contiguous()
     temperature = None if temperature is None else temperature.contiguous()
     _launch(
-        "cuda_ranks", logits.device, *layout.args(), vocab_size, _pointer(index), _pointer(thresholds), count, per_row,
-        _pointer(offsets), ignore_index, _pointer(temperature), 0 if temperature is None else temperature.shape[0], k,
-        *(t.data_ptr() for t in out),
+        "cuda_ranks", layout.tensor, *layout.args()[1:], vocab_size, index, thresholds, count, per_row, offsets,
+        ignore_index, temperature, 0 if temperature is None else temperature.shape[0], k, *out,
     )  # fmt: skip
     return out
