@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | sanitize | build-cuda | clean. Each creates what it needs in .venv; nothing else is touched.
+# make demo | test | prove | bench | lint | sanitize | build-cuda | clean. Each creates what it needs in .venv; nothing else is touched.
 #   make test ARGS="-k ranks"            arguments for pytest
 #   make demo ARGS="--text my.txt"       arguments for fastcalib demo
 #   make bench ARGS="--scaling"          arguments for benchmarks/run.py
@@ -26,7 +26,7 @@ KERNEL_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/t
 CUDA_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: demo test bench lint sanitize build-cuda clean
+.PHONY: demo test prove bench lint sanitize build-cuda clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(VENV)/.extension
@@ -34,6 +34,10 @@ demo: $(VENV)/.demo $(VENV)/.extension
 
 test: $(VENV)/.all $(VENV)/.extension
 	$(BIN)/pytest --doctest-modules tests fastcalib $(ARGS)
+
+# Every GPU kernel in the emulator, over the whole grid. Needs an nvcc for those in CUDA C++ (build-cuda brings one).
+prove: $(VENV)/.all $(VENV)/.extension
+	$(BIN)/pytest -m prove tests $(ARGS)
 
 bench: $(VENV)/.all $(VENV)/.extension
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -28,6 +28,10 @@ def _check_dtype(logits: Tensor) -> None:
         raise TypeError(f'backend "cuda" takes float32, bfloat16 or float16 logits, got {logits.dtype}; use "eager"')
 
 
+def _scratch(size: int, device: torch.device) -> Tensor:
+    return torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+
+
 def _launch(name: str, *arguments: Tensor | int | None) -> None:
     """Ask how much scratch memory a call needs, get it, and call on the current stream. The logits come first."""
     logits = arguments[0]
@@ -37,7 +41,7 @@ def _launch(name: str, *arguments: Tensor | int | None) -> None:
     function = getattr(_module(), name)
     index = device.index or 0
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    scratch = torch.empty(max(function(*numbers, 0, index, stream), 1), dtype=torch.uint8, device=device)
+    scratch = _scratch(function(*numbers, 0, index, stream), device)
     function(*numbers, scratch.data_ptr(), index, stream)
 
 
