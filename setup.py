@@ -5,8 +5,8 @@ built (no compiler, no CMake) the package is installed without it and says so; e
 
     FASTCALIB_FORCE_EXT=1   an error instead of an installation without the extension
     FASTCALIB_NO_EXT=1      do not try to build the extension
-    FASTCALIB_CUDA=0        leave the CUDA kernels out; =1: an error where they cannot be built. Unset: they are built where an
-                            nvcc is found (CUDACXX, the packages of PyPI, CUDA_HOME, PATH)
+    FASTCALIB_CUDA=0        leave the CUDA kernels out; =1: an error where they cannot be built. Unset: they are built
+                            where an nvcc is found (CUDACXX, the packages of PyPI, CUDA_HOME, PATH)
     FASTCALIB_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer
     CMAKE_ARGS              further arguments for CMake's configure step; CXX chooses the compiler
 """
@@ -52,8 +52,8 @@ def find_tool(name: str, directory_attribute: str) -> str:
     return path
 
 
-# Machine code for these, as far as the nvcc knows them (sm_86 and sm_89 run sm_80's, sm_103 runs sm_100's), and portable code
-# for whatever comes later.
+# Machine code for these, as far as the nvcc knows them (sm_86 and sm_89 run sm_80's, sm_103 runs sm_100's), and
+# portable code for whatever comes later.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 CUDA_PTX = 90
 
@@ -91,7 +91,9 @@ def find_nvcc() -> Nvcc | None:
         if found is not None:
             return found
     if switched_on("FASTCALIB_CUDA"):
-        raise RuntimeError("FASTCALIB_CUDA=1, but no nvcc was found that compiles for sm_90 (`make build-cuda` gets one)")
+        raise RuntimeError(
+            "FASTCALIB_CUDA=1, but no nvcc was found that compiles for sm_90 (`make build-cuda` gets one)"
+        )
     return None
 
 
@@ -100,7 +102,9 @@ def inspect_nvcc(path: str) -> Nvcc | None:
         known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
         # Where the compiler really lies: what is on PATH may be a wrapper.
         with tempfile.NamedTemporaryFile(suffix=".cu") as source:
-            dry = subprocess.run([path, "--dryrun", "-c", source.name], capture_output=True, text=True, check=True).stderr
+            dry = subprocess.run(
+                [path, "--dryrun", "-c", source.name], capture_output=True, text=True, check=True
+            ).stderr
     except (OSError, subprocess.CalledProcessError):
         return None
     here = re.search(r"^#\$ _HERE_=(.+)$", dry, re.M)

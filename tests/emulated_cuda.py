@@ -1,5 +1,5 @@
-"""The CUDA C++ kernels on a CPU: real launchers and bindings, linked against a stand-in for the CUDA runtime, run the PTX that
-nvcc makes of csrc/cuda in the emulator.
+"""The CUDA C++ kernels on a CPU: real launchers and bindings, linked against a stand-in for the CUDA runtime, run the
+PTX that nvcc makes of csrc/cuda in the emulator.
 
     with emulated_cuda.backend(90) as run:
         fastcalib.statistics(logits, backend="cpp")  # goes through fastcalib/ops/_cuda.py instead

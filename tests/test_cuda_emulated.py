@@ -1,6 +1,7 @@
-"""The CUDA C++ kernels, in the emulator with all its checks on, against float64: as the CPU's, over fewer and shorter rows.
+"""The CUDA C++ kernels, in the emulator with all its checks on, against float64: as the CPU's, over fewer, shorter rows.
 
-An access out of bounds or out of line, a race, a read of what nobody wrote: each is an error here. Not compared with a GPU.
+An access out of bounds or out of line, a race, a read of what nobody wrote: each is an error here. Nothing here has
+been compared with a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .cases import LAYOUTS, random_logits, random_sets
 from .checks import assert_statistics, assert_within, check_gradient
 
 if not fastcalib.backends()["cpp"][0]:
-    pytest.skip("the emulated kernels stand in for those of the C++ backend, which is not built", allow_module_level=True)
+    pytest.skip("the emulated kernels stand in for the C++ backend, which is not built", allow_module_level=True)
 if emulated_cuda.why_not():
     pytest.skip(emulated_cuda.why_not(), allow_module_level=True)
 
@@ -181,7 +182,7 @@ def test_gradients(sm, dtype, temperature):
     index = [[5, 700], [2_050], [0], []]  # some, the last one, an undefined row, none
     with emulated_cuda.backend(sm):
         check_gradient(logits, index, temperature, "cpp", "all fields")
-        check_gradient(logits[:, 1:], index=[[0], [1], [2], [3]], temperature=temperature, backend="cpp", what="odd start")
+        check_gradient(logits[:, 1:], [[0], [1], [2], [3]], temperature, "cpp", "odd start")
         check_gradient(logits, [[5], [], [], []], temperature, "cpp", "padding", vocab_size=2_043)
 
 
@@ -211,7 +212,7 @@ def test_gradients_of_a_token_selected_twice(sm):
     want = gradient()
     with emulated_cuda.backend(sm):
         got = gradient()
-    assert_within(got, want, 2**-8 * want.abs().double() + 1e-6, "a unit of bfloat16, where the CPU rounds the other way")
+    assert_within(got, want, 2**-8 * want.abs().double() + 1e-6, "a unit of bfloat16: a tie may go the other way")
 
 
 @pytest.mark.prove
@@ -392,5 +393,5 @@ def test_traffic(sm, dtype):
 
 
 def test_what_the_kernels_do_not_take():
-    with pytest.raises(TypeError, match=r'backend "cuda" takes float32, bfloat16 or float16 logits, got torch\.float64'):
+    with pytest.raises(TypeError, match=r"takes float32, bfloat16 or float16 logits, got torch\.float64"):
         _cuda.ranks(torch.zeros(1, 4, dtype=torch.float64), torch.tensor([0]), None, 1, None, None, 4, -100)

@@ -1,7 +1,7 @@
 // Bindings of the CUDA launchers: raw device pointers, sizes and strides, a stream, and scratch memory from the caller.
 //
-// Each function is called twice: with workspace 0 it launches nothing and returns the bytes of workspace that the same call
-// needs; with a workspace it enqueues its kernels on the stream and returns 0. Nothing here waits for the device.
+// Each function is called twice: with workspace 0 it launches nothing and returns the bytes of workspace that the same
+// call needs; with a workspace it enqueues its kernels on the stream and returns 0. Nothing here waits for the device.
 #include "bindings.h"
 
 #include <stdexcept>
@@ -20,10 +20,11 @@ void check(int error, const char* what) {
 }
 
 int64_t statistics(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
-                   int64_t vocab, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t ids,
-                   int64_t selected, int64_t per_row, uintptr_t offsets, int64_t ignore_index, bool ranks, uintptr_t out_rows,
-                   uintptr_t scalars, uintptr_t log_prob, uintptr_t argmax, uintptr_t n_greater, uintptr_t n_equal,
-                   uintptr_t mass_greater, uintptr_t saved, uintptr_t workspace, int device, uintptr_t stream) {
+                   int64_t vocab, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count,
+                   uintptr_t ids, int64_t selected, int64_t per_row, uintptr_t offsets, int64_t ignore_index,
+                   bool ranks, uintptr_t out_rows, uintptr_t scalars, uintptr_t log_prob, uintptr_t argmax,
+                   uintptr_t n_greater, uintptr_t n_equal, uintptr_t mass_greater, uintptr_t saved, uintptr_t workspace,
+                   int device, uintptr_t stream) {
     StatisticsArgs a;
     a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
     a.vocab = vocab;
@@ -47,10 +48,10 @@ int64_t statistics(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int
 int64_t statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride,
                             int64_t inner_stride, int64_t vocab, int64_t width, uintptr_t temperature,
                             int64_t temperature_rows, int64_t temperature_count, uintptr_t ids, int64_t per_row,
-                            uintptr_t offsets, int64_t ignore_index, uintptr_t out_rows, uintptr_t scalars, uintptr_t saved,
-                            uintptr_t grad_rows, uintptr_t grad_scalars, uintptr_t grad_log_prob, uintptr_t out,
-                            int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride, uintptr_t workspace,
-                            int device, uintptr_t stream) {
+                            uintptr_t offsets, int64_t ignore_index, uintptr_t out_rows, uintptr_t scalars,
+                            uintptr_t saved, uintptr_t grad_rows, uintptr_t grad_scalars, uintptr_t grad_log_prob,
+                            uintptr_t out, int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride,
+                            uintptr_t workspace, int device, uintptr_t stream) {
     StatisticsBackwardArgs a;
     a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
     a.vocab = vocab;

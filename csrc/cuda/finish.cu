@@ -1,5 +1,5 @@
-// From parts to results: a row's segments merged in order by row_state.h's rule, then the formulas of spec section 1, in double.
-// Not yet run on a GPU.
+// From parts to results: a row's segments merged in order by row_state.h's rule, then the formulas of spec section 1,
+// in double. Not yet run on a GPU.
 #include "kernels.h"
 
 namespace fastcalib::cuda {

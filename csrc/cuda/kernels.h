@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "rows.cuh"
-#include "sweep.cuh"
 #include "workspace.h"
 
 namespace fastcalib::cuda {
@@ -11,11 +10,13 @@ namespace fastcalib::cuda {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Columns of a segment: 32 KiB of logits.
-inline int64_t segment_length(int dtype) { return dtype == kFloat32 ? kSegmentLength<float> : kSegmentLength<BFloat16>; }
+inline int64_t segment_length(int dtype) {
+    return dtype == kFloat32 ? kSegmentLength<float> : kSegmentLength<BFloat16>;
+}
 
 // Hands out the workspace, each part at a multiple of 256 bytes; from a null start it only counts.
 class Carver {
-   public:
+ public:
     explicit Carver(void* start) : start_(static_cast<char*>(start)) {}
     template <class T> T* take(int64_t count) {
         T* part = start_ ? reinterpret_cast<T*>(start_ + used_) : nullptr;
@@ -24,13 +25,13 @@ class Carver {
     }
     size_t used() const { return used_; }
 
-   private:
+ private:
     char* start_;
     size_t used_ = 0;
 };
 
-// How thresholds are sorted and held: by a warp, or by a block of CUB's radix sort. A row with more than `capacity` of them is
-// read once for each full set, with the same results: all that is counted are whole numbers.
+// How thresholds are sorted and held: by a warp, or by a block of CUB's radix sort. A row with more than `capacity` of
+// them is read once for each full set, with the same results: all that is counted are whole numbers.
 struct ThresholdPlan {
     int capacity = 32, copies = 32;
     int64_t chunks = 1;
@@ -53,25 +54,6 @@ int launch_thresholds(const RanksArgs& args, const Partial& partial, const Thres
 int launch_finish_rows(const StatisticsArgs& args, const Partial& partial, Stream stream);
 // Merge counts and masses, and put them back in the order of the thresholds.
 int launch_finish_ranks(const RanksArgs& args, const Partial& partial, int64_t splits, int64_t most, Stream stream);
-
-// Launch a sweep with its shared memory.
-template <class T, bool Statistics, bool Counting> int launch_sweep(const SweepArgs& a, Stream stream) {
-    const auto kernel = sweep_kernel<T, Statistics, Counting>;
-    size_t bytes = 0;
-    if (Counting) {
-        const bool masses = a.temperatures.count > 0;
-        bytes = 4 * size_t(a.capacity + (masses ? 2 : 1) * Bins::words(a.capacity, a.copies));
-    }
-    const int64_t blocks = a.logits.rows * a.splits;
-    if (blocks == 0) return 0;
-    if (blocks > 0x7fffffff) return int(cudaErrorInvalidConfiguration);
-    if (bytes > 44 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-        if (error != cudaSuccess) return int(error);
-    }
-    kernel<<<unsigned(blocks), kThreads, bytes, stream>>>(a);
-    return int(cudaGetLastError());
-}
 
 // Call with the storage type of a dtype code.
 template <class Call> int with_storage(int dtype, const Call& call) {

@@ -1,10 +1,11 @@
-// Where the logits of a segment lie among the sorted thresholds of their row: counts and masses per place, in shared memory.
+// Where the logits of a segment lie among the sorted thresholds of their row: counts and masses per place, in shared
+// memory.
 //
-// A logit in place p is greater than the p lowest thresholds; equal ones are counted beside. Bins are integers, so the order
-// in which threads add to them does not matter: counts are exact, and a mass is added as two whole numbers, the first 17 and
-// the next 17 bits of the power, which is rounded to 2^-34 of that of the segment's largest logit. No float is ever added
-// atomically, and the sums of a segment (at most 2^14 logits) stay below 2^32. Where there is room, each bin exists in several
-// copies for different lanes, since the logits of a warp often fall into one.
+// A logit in place p is greater than the p lowest thresholds; equal ones are counted beside. Bins are integers, so the
+// order in which threads add to them does not matter: counts are exact, and a mass is added as two whole numbers, the
+// first 17 and the next 17 bits of the power, which is rounded to 2^-34 of that of the segment's largest logit. No
+// float is ever added atomically, and the sums of a segment (at most 2^14 logits) stay below 2^32. Where there is room,
+// each bin exists in several copies for different lanes, since the logits of a warp often fall into one.
 #pragma once
 #include <cub/block/block_scan.cuh>
 
@@ -24,8 +25,10 @@ struct Bins {
 
     __host__ __device__ __forceinline__ static int words(int count, int copies) { return 2 * (count + 1) * copies; }
     __device__ __forceinline__ Bins(uint32_t* memory, int capacity, int copies, bool with_masses)
-        : keys(reinterpret_cast<float*>(memory)), counts(memory + capacity),
-          masses(with_masses ? counts + words(capacity, copies) : nullptr), copies(copies) {}
+        : keys(reinterpret_cast<float*>(memory)),
+          counts(memory + capacity),
+          masses(with_masses ? counts + words(capacity, copies) : nullptr),
+          copies(copies) {}
     __device__ __forceinline__ int copy() const { return lane_index() & (copies - 1); }
 
     // Part 0 or 1 of bin p, once the copies are gathered.
@@ -98,13 +101,13 @@ template <int N> __device__ __forceinline__ float pick(const float (&values)[N],
 }
 
 // Count a segment into the bins. Below the lowest threshold a logit costs its part of one maximum and one comparison.
-template <class T>
-__device__ __forceinline__ void place_segment(const Segment<T>& segment, int length, const Bins& bins, int count,
-                                              float lowest, Places<T>& places) {
+template <class T> __device__ __forceinline__ void place_segment(const Segment<T>& segment, int length,
+                                                                 const Bins& bins, int count, float lowest,
+                                                                 Places<T>& places) {
     constexpr int kWords = Places<T>::kWords;
 #pragma unroll
     for (int i = 0; i < kVectors * kWords; ++i) places.words[i] = 0;
-    segment.each_vector([&](int j, const float(&z)[kPerVector<T>]) {
+    segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
         float top = z[0];
 #pragma unroll
         for (int u = 1; u < kPerVector<T>; ++u) top = fmaxf(top, z[u]);
@@ -114,8 +117,8 @@ __device__ __forceinline__ void place_segment(const Segment<T>& segment, int len
         for (int u = 0; u < kPerVector<T>; ++u) survivors |= (z[u] >= lowest ? 1u : 0u) << u;
         // Columns past the end of the row hold -inf, which a threshold of -inf would count.
         if (lowest == -infinity()) survivors &= (1u << max(0, min(kPerVector<T>, length - segment.column(j, 0)))) - 1;
-        // One search at a time, its element picked out of the registers: the lanes of a warp then wait for the one with the
-        // most survivors, not for the sum over all places of a vector.
+        // One search at a time, its element picked out of the registers: the lanes of a warp then wait for the one with
+        // the most survivors, not for the sum over all places of a vector.
         for (; survivors; survivors &= survivors - 1) {
             const int u = __ffs(int(survivors)) - 1;
             const float v = pick(z, u);
@@ -138,8 +141,8 @@ __device__ __forceinline__ void add_mass(const Bins& bins, int place, float e) {
 }
 
 // The powers of vector j into the bins of their places.
-template <class T>
-__device__ __forceinline__ void add_masses(const Bins& bins, const Places<T>& places, int j, const float (&e)[kPerVector<T>]) {
+template <class T> __device__ __forceinline__ void add_masses(const Bins& bins, const Places<T>& places, int j,
+                                                              const float (&e)[kPerVector<T>]) {
     if (!places.any(j)) return;
 #pragma unroll 1
     for (int u = 0; u < kPerVector<T>; ++u) {
@@ -150,10 +153,11 @@ __device__ __forceinline__ void add_masses(const Bins& bins, const Places<T>& pl
 
 using SuffixScan = cub::BlockScan<unsigned long long, kThreads>;
 
-// For each threshold j, what lies in the bins above j: write(j, sum over p > j of value(p)). Whole numbers: any order is exact.
-// Each thread takes neighbouring bins, the last thread the lowest. Begins and ends with a barrier.
-template <class Value, class Write>
-__device__ __forceinline__ void sum_above(int count, SuffixScan::TempStorage& memory, const Value& value, const Write& write) {
+// For each threshold j, what lies in the bins above j: write(j, sum over p > j of value(p)). Whole numbers: any order
+// is exact. Each thread takes neighbouring bins, the last thread the lowest. Begins and ends with a barrier.
+template <class Value, class Write> __device__ __forceinline__ void sum_above(int count,
+                                                                              SuffixScan::TempStorage& memory,
+                                                                              const Value& value, const Write& write) {
     __syncthreads();
     const int each = (count + kThreads) / kThreads;  // of count + 1 bins
     const int first = (kThreads - 1 - int(threadIdx.x)) * each, last = min(first + each, count + 1);

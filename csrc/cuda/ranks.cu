@@ -1,10 +1,10 @@
 // ranks: counts and masses above the thresholds of each row, from one read of the logits. Not yet run on a GPU.
 //
-// A block takes some neighbouring segments of one row, all of them where there are rows enough to fill the device: counts then
-// leave it once. With masses a segment's sums wait in the workspace, in whole numbers of 2^-34 of its largest power, until the
-// row's maximum and normaliser are known. Neither the number of blocks of a row nor the number of thresholds held at a time
-// can change a bit.
-#include "kernels.h"
+// A block takes some neighbouring segments of one row, all of them where there are rows enough to fill the device:
+// counts then leave it once. With masses a segment's sums wait in the workspace, in whole numbers of 2^-34 of its
+// largest power, until the row's maximum and normaliser are known. Neither the number of blocks of a row nor the number
+// of thresholds held at a time can change a bit.
+#include "sweep.cuh"
 
 namespace fastcalib::cuda {
 namespace {
@@ -32,7 +32,8 @@ Shape shape_of(const RanksArgs& args, int64_t selected) {
 size_t ranks_workspace(const RanksArgs& args, int64_t selected) {
     Partial partial;
     const Shape shape = shape_of(args, selected);
-    return carve(partial, nullptr, args.logits, args.vocab, args.temperatures.count, selected, shape.plan, shape.splits);
+    return carve(partial, nullptr, args.logits, args.vocab, args.temperatures.count, selected, shape.plan,
+                 shape.splits);
 }
 
 int launch_ranks(const RanksArgs& args, int64_t selected, void* workspace, Stream stream) {
@@ -40,13 +41,13 @@ int launch_ranks(const RanksArgs& args, int64_t selected, void* workspace, Strea
     const Shape shape = shape_of(args, selected);
     Partial partial;
     carve(partial, workspace, args.logits, args.vocab, args.temperatures.count, selected, shape.plan, shape.splits);
-    const SweepArgs a{args.logits, args.vocab, args.temperatures, args.selected, partial, int(shape.segments),
-                      int(shape.splits), int(shape.per_split), shape.plan.capacity, shape.plan.copies};
+    const SweepArgs a{
+        args.logits,         args.vocab,        args.temperatures,    args.selected,       partial,
+        int(shape.segments), int(shape.splits), int(shape.per_split), shape.plan.capacity, shape.plan.copies};
     int error = launch_thresholds(args, partial, shape.plan, stream);
     if (error) return error;
-    error = with_storage(args.logits.dtype, [&](auto storage) {
-        return launch_sweep<decltype(storage), false, true>(a, stream);
-    });
+    error = with_storage(args.logits.dtype,
+                         [&](auto storage) { return launch_sweep<decltype(storage), false, true>(a, stream); });
     if (!error && args.temperatures.count) {
         StatisticsArgs rows;  // without results: only the weights of the masses
         rows.logits = args.logits;
@@ -55,7 +56,8 @@ int launch_ranks(const RanksArgs& args, int64_t selected, void* workspace, Strea
         rows.selected = args.selected;
         error = launch_finish_rows(rows, partial, stream);
     }
-    const int64_t most = args.selected.offsets ? std::min<int64_t>(selected, shape.plan.capacity) : args.selected.per_row;
+    const int64_t most =
+        args.selected.offsets ? std::min<int64_t>(selected, shape.plan.capacity) : args.selected.per_row;
     if (!error) error = launch_finish_ranks(args, partial, shape.splits, most, stream);
     return error;
 }

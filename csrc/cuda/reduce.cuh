@@ -1,5 +1,5 @@
-// Reductions over a block in one fixed order: sums pair up lanes by a butterfly and then go through the warps from first to
-// last, so their bits do not depend on anything but the values.
+// Reductions over a block in one fixed order: sums pair up lanes by a butterfly and then go through the warps from
+// first to last, so their bits do not depend on anything but the values.
 #pragma once
 #include "segment.cuh"
 
@@ -17,8 +17,8 @@ __device__ __forceinline__ double warp_sum(double v) {
     return v;
 }
 
-// Four sums at the price of one and a half: lanes first share out the sums among them. Lanes 0, 8, 16 and 24 end with the
-// sums of a, b, c and d.
+// Four sums at the price of one and a half: lanes first share out the sums among them. Lanes 0, 8, 16 and 24 end with
+// the sums of a, b, c and d.
 __device__ __forceinline__ double warp_sum_of_four(double a, double b, double c, double d) {
     const bool upper = lane_index() & 16, odd = lane_index() & 8;
     double first = upper ? c : a, second = upper ? d : b;

@@ -33,14 +33,14 @@ __device__ __forceinline__ bool row_is_skipped(const Selection& selected, int64_
 // Places in the workspace. nnz is the number of selected tokens or thresholds of all rows.
 struct Partial {
     int64_t nnz = 0, k_count = 0, segments = 0, segment_length = 0, chunks = 0;
-    SegmentHead* heads = nullptr;       // (N, segments)
-    double* sums_data = nullptr;        // (N, segments, K, 4): s0, s1, s2, r2
-    double* weights_data = nullptr;     // (N, segments, K): from a segment's mass in whole numbers to probability
-    float* keys = nullptr;              // (nnz,): thresholds of each chunk of each row, ascending
-    int32_t* place = nullptr;           // (nnz,): of each threshold among the keys of its row, or a Place
-    int32_t* limits = nullptr;          // (N, chunks): number of keys
-    uint2* counts_data = nullptr;       // (splits, nnz): logits greater than a key, and equal to it
-    uint64_t* masses_data = nullptr;    // (segments, K, nnz): mass greater than a key, in units of kMassUnit
+    SegmentHead* heads = nullptr;     // (N, segments)
+    double* sums_data = nullptr;      // (N, segments, K, 4): s0, s1, s2, r2
+    double* weights_data = nullptr;   // (N, segments, K): from a segment's mass in whole numbers to probability
+    float* keys = nullptr;            // (nnz,): thresholds of each chunk of each row, ascending
+    int32_t* place = nullptr;         // (nnz,): of each threshold among the keys of its row, or a Place
+    int32_t* limits = nullptr;        // (N, chunks): number of keys
+    uint2* counts_data = nullptr;     // (splits, nnz): logits greater than a key, and equal to it
+    uint64_t* masses_data = nullptr;  // (segments, K, nnz): mass greater than a key, in units of kMassUnit
 
     __device__ SegmentHead* head(int64_t row, int64_t segment) const { return heads + row * segments + segment; }
     __device__ double* sums(int64_t row, int64_t segment, int64_t k) const {

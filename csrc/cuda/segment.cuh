@@ -1,9 +1,10 @@
 // A segment of a row in the registers of one block: the only code that reads logits from memory.
 //
-// A row is cut every 32 KiB, whatever the batch: 256 threads hold 8 vectors of 16 bytes each, all in flight at once. Every
-// later pass (maximum, spread, exponentials at K temperatures, places among thresholds) runs over registers, so the logits are
-// read once and the maximum is known before the first exponential. Which thread holds which column depends on the column
-// alone, also where the row does not start at a multiple of 16 bytes: so results do not depend on alignment either.
+// A row is cut every 32 KiB, whatever the batch: 256 threads hold 8 vectors of 16 bytes each, all in flight at once.
+// Every later pass (maximum, spread, exponentials at K temperatures, places among thresholds) runs over registers, so
+// the logits are read once and the maximum is known before the first exponential. Which thread holds which column
+// depends on the column alone, also where the row does not start at a multiple of 16 bytes: so results do not depend on
+// alignment either.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -61,7 +62,8 @@ template <> __device__ __forceinline__ uint32_t storage_bits(const float& x) { r
 template <> __device__ __forceinline__ uint32_t storage_bits(const BFloat16& x) { return x.bits; }
 template <> __device__ __forceinline__ uint32_t storage_bits(const Float16& x) { return x.bits; }
 
-// -inf, repeated over a word: what stands where the row has no column. It changes neither a maximum nor a sum of powers.
+// -inf, repeated over a word: what stands where the row has no column. It changes neither a maximum nor a sum of
+// powers.
 template <class T> constexpr uint32_t kMaskedWord = 0xff800000u;
 template <> constexpr uint32_t kMaskedWord<BFloat16> = 0xff80ff80u;
 template <> constexpr uint32_t kMaskedWord<Float16> = 0xfc00fc00u;
@@ -72,7 +74,9 @@ template <class T> __device__ __forceinline__ float to_float(const T& x) {
     return wide[0];
 }
 
-__device__ __forceinline__ uint32_t& word_of(uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ uint32_t& word_of(uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
 template <class T> __device__ __forceinline__ void widen(const uint4& v, float (&out)[kPerVector<T>]) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -153,8 +157,8 @@ template <class T> __device__ __forceinline__ uint4 load_elements(const T* row, 
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// One vector of every slot from column `first` on, near the ends of the row. Of one thread at most slot 0 hangs over the
-// start and one other over the end.
+// One vector of every slot from column `first` on, near the ends of the row. Of one thread at most slot 0 hangs over
+// the start and one other over the end.
 template <class T>
 __device__ __forceinline__ void load_at_ends(const T* row, int64_t first, int64_t vocab, uint4 (&out)[kVectors]) {
 #pragma unroll

@@ -1,12 +1,12 @@
-// statistics: forward. A block per 32 KiB of a row reads the logits once; a warp per row merges the parts. With ranks, the
-// selected logits are gathered and sorted first, and the same read counts around them. Not yet run on a GPU.
-#include "kernels.h"
+// statistics: forward. A block per 32 KiB of a row reads the logits once; a warp per row merges the parts. With ranks,
+// the selected logits are gathered and sorted first, and the same read counts around them. Not yet run on a GPU.
+#include "sweep.cuh"
 
 namespace fastcalib::cuda {
 namespace {
 
-// A warp's worth of thresholds at a time, which is all that fastcalib.statistics lets through; a row with more would be read
-// again, never out of bounds.
+// A warp's worth of thresholds at a time, which is all that fastcalib.statistics lets through; a row with more would be
+// read again, never out of bounds.
 ThresholdPlan plan_ranked(const StatisticsArgs& args, int64_t selected) {
     ThresholdPlan plan;
     plan.chunks = divide_up(args.selected.offsets ? selected : args.selected.per_row, plan.capacity);
@@ -39,9 +39,10 @@ int launch_statistics(const StatisticsArgs& args, int64_t selected, void* worksp
     const int64_t segments = divide_up(args.vocab, segment_length(args.logits.dtype));
     const ThresholdPlan plan = plan_ranked(args, selected);
     Partial partial;
-    carve(partial, workspace, args.logits, args.vocab, args.temperatures.count, selected, plan, counting ? segments : 0);
-    SweepArgs a{args.logits, args.vocab, args.temperatures, args.selected, partial, int(segments), int(segments), 1,
-                plan.capacity, plan.copies};
+    carve(partial, workspace, args.logits, args.vocab, args.temperatures.count, selected, plan,
+          counting ? segments : 0);
+    SweepArgs a{args.logits,   args.vocab, args.temperatures, args.selected, partial, int(segments),
+                int(segments), 1,          plan.capacity,     plan.copies};
     const RanksArgs ranked = ranks_of_selected(args);
     int error = counting ? launch_thresholds(ranked, partial, plan, stream) : 0;
     if (error) return error;

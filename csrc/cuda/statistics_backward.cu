@@ -1,9 +1,11 @@
 // statistics: backward. One read of the logits and one write, whatever the upstream gradients. Not yet run on a GPU.
 //
 // The derivatives are those of csrc/cpu/statistics_backward.h: with y = z - max z and t = c y,
-//     dz_v = sum_k p (constant + linear t + square t^2 + power p) + unit + slope y + terms at selected tokens and at the maximum.
-// A warp per row turns the upstream gradients into these coefficients; then a block per 32 KiB of a row does the rest. Selected
-// tokens are written a second time, by the block that wrote their column, with all their terms added before rounding.
+//     dz_v = sum_k p (constant + linear t + square t^2 + power p) + unit + slope y + terms at selected tokens and at
+//     the maximum.
+// A warp per row turns the upstream gradients into these coefficients; then a block per 32 KiB of a row does the rest.
+// Selected tokens are written a second time, by the block that wrote their column, with all their terms added before
+// rounding.
 #include "kernels.h"
 #include "store.cuh"
 
@@ -24,7 +26,7 @@ struct RowGradient {
 };
 
 struct Prepared {
-    RowGradient* rows = nullptr;       // (N,)
+    RowGradient* rows = nullptr;        // (N,)
     Polynomial* polynomials = nullptr;  // (N, K)
 };
 
@@ -46,7 +48,8 @@ __global__ void __launch_bounds__(128) prepare_gradient(const StatisticsBackward
     const double up_sum = static_cast<const float*>(a.grad_scalars)[row];
     const double up_std = static_cast<const float*>(a.grad_scalars)[n_rows + row];
     const double std = static_cast<const float*>(a.scalars)[n_rows + row], n = saved[2];
-    const double slope = std > 0 && up_std != 0 ? up_std / ((n - 1) * std) : 0, unit = up_sum - slope * double(saved[1]);
+    const double slope = std > 0 && up_std != 0 ? up_std / ((n - 1) * std) : 0,
+                 unit = up_sum - slope * double(saved[1]);
     bool any = up_sum != 0 || up_std != 0, general = unit != 0 || slope != 0 || k_count > 1;
     const int64_t begin = a.selected.ids ? a.selected.begin(row) : 0, end = a.selected.ids ? a.selected.end(row) : 0;
     for (int64_t k = 0; k < k_count; ++k) {
@@ -87,10 +90,10 @@ __global__ void __launch_bounds__(128) prepare_gradient(const StatisticsBackward
     if (lane == 0) prepared.rows[row] = g;
 }
 
-// The lowest index of the maximum, only where max_prob has a gradient: it is wanted rarely, so it is looked for again rather
-// than kept, which then costs a second read up to where it stands.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3) find_top_column(const StatisticsBackwardArgs a, const Prepared prepared) {
+// The lowest index of the maximum, only where max_prob has a gradient: it is wanted rarely, so it is looked for again
+// rather than kept, which then costs a second read up to where it stands.
+template <class T> __global__ void __launch_bounds__(kThreads, 3)
+    find_top_column(const StatisticsBackwardArgs a, const Prepared prepared) {
     __shared__ int found[2];
     const int64_t row = blockIdx.x;
     RowGradient& g = prepared.rows[row];
@@ -104,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 3) find_top_column(const StatisticsB
         Segment<T> segment;
         segment.load(x, start, a.vocab);
         int lowest = kSegmentLength<T>;
-        segment.each_vector([&](int j, const float(&z)[kPerVector<T>]) {
+        segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
 #pragma unroll
             for (int u = 0; u < kPerVector<T>; ++u)
                 if (z[u] >= max) lowest = min(lowest, segment.column(j, u));
@@ -117,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, 3) find_top_column(const StatisticsB
     }
 }
 
-__device__ __forceinline__ float gradient_of(float z, const RowGradient& g, const Polynomial* polynomials, int64_t k_count) {
+__device__ __forceinline__ float gradient_of(float z, const RowGradient& g, const Polynomial* polynomials,
+                                             int64_t k_count) {
     const float y = z - g.max;
     float sum = z > -infinity() ? g.unit + g.slope * y : 0.0f;
     for (int64_t k = 0; k < k_count; ++k) {
@@ -129,8 +133,8 @@ __device__ __forceinline__ float gradient_of(float z, const RowGradient& g, cons
 }
 
 // All gradient of z at `column` that comes through log p of selected tokens: those at positions from `i` on.
-__device__ __forceinline__ double token_gradient(const StatisticsBackwardArgs& a, int64_t row, int64_t column, int64_t i,
-                                                 int64_t end) {
+__device__ __forceinline__ double token_gradient(const StatisticsBackwardArgs& a, int64_t row, int64_t column,
+                                                 int64_t i, int64_t end) {
     const double* temperature = a.temperatures.row(row);
     const float* up_token = static_cast<const float*>(a.grad_log_prob);
     double total = 0;
@@ -144,9 +148,9 @@ __device__ __forceinline__ double token_gradient(const StatisticsBackwardArgs& a
     return total;
 }
 
-template <class T>
-__device__ __forceinline__ void rewrite(const StatisticsBackwardArgs& a, const RowGradient& g, const Polynomial* polynomials,
-                                        int64_t row, int64_t column, double more) {
+template <class T> __device__ __forceinline__ void rewrite(const StatisticsBackwardArgs& a, const RowGradient& g,
+                                                           const Polynomial* polynomials, int64_t row, int64_t column,
+                                                           double more) {
     const float z = to_float(a.logits.row<const T>(row)[column]);
     if (!(z > -infinity())) return;
     const float value = float(double(gradient_of(z, g, polynomials, a.temperatures.count)) + more);
@@ -157,11 +161,11 @@ __device__ __forceinline__ void rewrite(const StatisticsBackwardArgs& a, const R
     else to->bits = uint16_t(word);
 }
 
-// Selected tokens within [start, end of the segment), and the maximum. A token selected twice gets all its terms at once, from
-// the thread of its first place in the row's list.
-template <class T>
-__device__ __forceinline__ void rewrite_selected(const StatisticsBackwardArgs& a, const RowGradient& g,
-                                                 const Polynomial* polynomials, int64_t row, int64_t start) {
+// Selected tokens within [start, end of the segment), and the maximum. A token selected twice gets all its terms at
+// once, from the thread of its first place in the row's list.
+template <class T> __device__ __forceinline__ void rewrite_selected(const StatisticsBackwardArgs& a,
+                                                                    const RowGradient& g, const Polynomial* polynomials,
+                                                                    int64_t row, int64_t start) {
     const int64_t stop = min(start + kSegmentLength<T>, a.vocab);
     const bool top_here = g.top_gradient != 0 && g.top_column >= start && g.top_column < stop;
     const int64_t begin = a.selected.ids ? a.selected.begin(row) : 0, end = a.selected.ids ? a.selected.end(row) : 0;
@@ -181,9 +185,8 @@ __device__ __forceinline__ void rewrite_selected(const StatisticsBackwardArgs& a
     rewrite<T>(a, g, polynomials, row, g.top_column, g.top_gradient);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3) write_gradient(const StatisticsBackwardArgs a, const Prepared prepared,
-                                                              int segments) {
+template <class T> __global__ void __launch_bounds__(kThreads, 3)
+    write_gradient(const StatisticsBackwardArgs a, const Prepared prepared, int segments) {
     constexpr int kPer = kPerVector<T>;
     const int64_t row = blockIdx.x / segments, start = int64_t(blockIdx.x % segments) * kSegmentLength<T>;
     const RowGradient g = prepared.rows[row];
@@ -197,12 +200,12 @@ __global__ void __launch_bounds__(kThreads, 3) write_gradient(const StatisticsBa
     if (g.kind == RowGradient::kSimple) {
         const Polynomial q = polynomials[0];
         // dz = constant p; a masked logit gives 2^-inf = 0.
-        segment.transform([&](int, float(&z)[kPer]) {
+        segment.transform([&](int, float (&z)[kPer]) {
 #pragma unroll
             for (int u = 0; u < kPer; ++u) z[u] = q.constant * power_of_two((z[u] - g.max) * q.c - q.log2_s0);
         });
     } else if (g.kind == RowGradient::kGeneral) {
-        segment.transform([&](int, float(&z)[kPer]) {
+        segment.transform([&](int, float (&z)[kPer]) {
             float y[kPer], sum[kPer];
 #pragma unroll
             for (int u = 0; u < kPer; ++u) {

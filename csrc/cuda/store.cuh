@@ -5,8 +5,8 @@
 namespace fastcalib::cuda {
 
 // Elements [from, to) of a vector, one by one, as far as they lie before column `width`. `column` is that of element 0.
-template <class T>
-__device__ __forceinline__ void store_elements(T* row, int64_t column, const uint4& v, int from, int to, int64_t width) {
+template <class T> __device__ __forceinline__ void store_elements(T* row, int64_t column, const uint4& v, int from,
+                                                                  int to, int64_t width) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int u = 0; u < kPerVector<T>; ++u) {
@@ -18,12 +18,13 @@ __device__ __forceinline__ void store_elements(T* row, int64_t column, const uin
 
 // One instruction: written as an assignment, compilers took one of eight apart into four stores.
 __device__ __forceinline__ void store_vector(void* to, const uint4& v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
-// Each lane's vector of logits starts `shift` elements behind a multiple of 16 bytes in the output. A lane therefore writes the
-// aligned vector that begins with the last elements of the lane before it; what hangs over the ends of the 512 bytes of a warp,
-// or over the end of the row, is written element by element.
+// Each lane's vector of logits starts `shift` elements behind a multiple of 16 bytes in the output. A lane therefore
+// writes the aligned vector that begins with the last elements of the lane before it; what hangs over the ends of the
+// 512 bytes of a warp, or over the end of the row, is written element by element.
 template <class T>
 __device__ __forceinline__ void store_segment(const Segment<T>& segment, T* row, int64_t start, int64_t width) {
     constexpr int kPer = kPerVector<T>;

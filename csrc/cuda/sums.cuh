@@ -1,4 +1,5 @@
-// What a segment adds to its row: maximum, spread and the sums of powers (row_state.h), from the registers of one block.
+// What a segment adds to its row: maximum, spread and the sums of powers (row_state.h), from the registers of one
+// block.
 #pragma once
 #include "../row_state.h"
 #include "reduce.cuh"
@@ -15,16 +16,16 @@ struct SegmentHead {
 };
 enum SegmentFlags : int { kHasMasked = 1, kIsUndefined = 2 };
 
-// Relative error 2^-22 over the whole range (PTX ISA, ex2): 1e-7 of a probability, a twentieth of what the results may be off.
-// Arguments are clamped to [-126, 0], so a result is never a denormal and what is flushed is below 2^-126.
+// Relative error 2^-22 over the whole range (PTX ISA, ex2): 1e-7 of a probability, a twentieth of what the results may
+// be off. Arguments are clamped to [-126, 0], so a result is never a denormal and what is flushed is below 2^-126.
 __device__ __forceinline__ float power_of_two(float t) {
     float e;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
     return e;
 }
 
-// Intrinsics fix every rounding: the same lines are inlined into several kernels, and a compiler free to fuse a multiplication
-// and an addition here and not there would give a row other bits with ranks=True than without.
+// Intrinsics fix every rounding: the same lines are inlined into several kernels, and a compiler free to fuse a
+// multiplication and an addition here and not there would give a row other bits with ranks=True than without.
 template <bool Moments> struct PowerSums {
     float s0[2] = {0, 0}, s1[2] = {0, 0}, s2[2] = {0, 0}, r2[2] = {0, 0};  // even and odd elements: chains of 32 terms
 
@@ -39,13 +40,13 @@ template <bool Moments> struct PowerSums {
     }
 };
 
-// Sums at one temperature, c = log2(e) / T. visit(number of the vector, its powers) sees every power on the way; one ex2 serves
-// everything. Lanes 0, 8, 16, 24 of each warp leave s0, s1, s2, r2 in `parts`; a barrier must follow.
+// Sums at one temperature, c = log2(e) / T. visit(number of the vector, its powers) sees every power on the way; one
+// ex2 serves everything. Lanes 0, 8, 16, 24 of each warp leave s0, s1, s2, r2 in `parts`; a barrier must follow.
 template <bool Moments, class T, class Visit>
 __device__ __forceinline__ void sum_powers(const Segment<T>& segment, float top, float c, double (*parts)[4],
                                            const Visit& visit) {
     PowerSums<Moments> sums;
-    segment.each_vector([&](int j, const float(&z)[kPerVector<T>]) {
+    segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
         float e[kPerVector<T>];
 #pragma unroll
         for (int u = 0; u < kPerVector<T>; ++u) {
@@ -56,7 +57,7 @@ __device__ __forceinline__ void sum_powers(const Segment<T>& segment, float top,
         }
         visit(j, e);
     });
-    const auto total = [](const float(&chains)[2]) { return double(chains[0]) + double(chains[1]); };
+    const auto total = [](const float (&chains)[2]) { return double(chains[0]) + double(chains[1]); };
     if constexpr (Moments) {
         const double sum = warp_sum_of_four(total(sums.s0), total(sums.s1), total(sums.s2), total(sums.r2));
         if (lane_index() % 8 == 0) parts[warp_index()][lane_index() / 8] = sum;
@@ -66,19 +67,20 @@ __device__ __forceinline__ void sum_powers(const Segment<T>& segment, float top,
     }
 }
 
-// Maximum of the segment in every thread; NaN takes no part. Ends with a barrier. `sum` is of all the logits of a full segment
-// and shows, by not being finite, that some logit is not.
-template <class T>
-__device__ __forceinline__ float find_top(const Segment<T>& segment, ReduceMemory& memory, float& own_top, double& sum) {
+// Maximum of the segment in every thread; NaN takes no part. Ends with a barrier. `sum` is of all the logits of a full
+// segment and shows, by not being finite, that some logit is not.
+template <class T> __device__ __forceinline__ float find_top(const Segment<T>& segment, ReduceMemory& memory,
+                                                             float& own_top, double& sum) {
     float top = -infinity(), total = 0;
-    segment.each_vector([&](int, const float(&z)[kPerVector<T>]) {
+    segment.each_vector([&](int, const float (&z)[kPerVector<T>]) {
         float half[kPerVector<T> / 2];
 #pragma unroll
         for (int u = 0; u < kPerVector<T> / 2; ++u) {
             top = fmaxf(top, fmaxf(z[2 * u], z[2 * u + 1]));
             half[u] = __fadd_rn(z[2 * u], z[2 * u + 1]);
         }
-        if constexpr (kPerVector<T> == 8) total = __fadd_rn(total, __fadd_rn(__fadd_rn(half[0], half[1]), __fadd_rn(half[2], half[3])));
+        if constexpr (kPerVector<T> == 8)
+            total = __fadd_rn(total, __fadd_rn(__fadd_rn(half[0], half[1]), __fadd_rn(half[2], half[3])));
         else total = __fadd_rn(total, __fadd_rn(half[0], half[1]));
     });
     own_top = top;
@@ -98,9 +100,10 @@ __device__ __forceinline__ float find_top(const Segment<T>& segment, ReduceMemor
 }
 
 // Sum of (z - mean)^2 over the thread's logits; a careful one leaves out what is not finite.
-template <bool Careful, class Real, class T> __device__ __forceinline__ double squares(const Segment<T>& segment, Real mean) {
+template <bool Careful, class Real, class T>
+__device__ __forceinline__ double squares(const Segment<T>& segment, Real mean) {
     Real square = 0;
-    segment.each_vector([&](int, const float(&z)[kPerVector<T>]) {
+    segment.each_vector([&](int, const float (&z)[kPerVector<T>]) {
 #pragma unroll
         for (int u = 0; u < kPerVector<T>; ++u) {
             const Real d = Real(z[u]) - mean;
@@ -110,18 +113,18 @@ template <bool Careful, class Real, class T> __device__ __forceinline__ double s
     return double(square);
 }
 
-// Spread and kind of the logits of one segment of `length` columns; all threads call it, thread 0 gets the answer. In a full
-// segment of finite logits the sum is known already; otherwise one more look, at registers. Squares are taken about the mean
-// of the segment, which keeps their digits whatever offset the logits have, and again in double where float32 overflows.
-template <class T>
-__device__ __forceinline__ void find_spread(const Segment<T>& segment, int length, double sum, ReduceMemory& memory,
-                                            SegmentHead& head) {
+// Spread and kind of the logits of one segment of `length` columns; all threads call it, thread 0 gets the answer. In a
+// full segment of finite logits the sum is known already; otherwise one more look, at registers. Squares are taken
+// about the mean of the segment, which keeps their digits whatever offset the logits have, and again in double where
+// float32 overflows.
+template <class T> __device__ __forceinline__ void find_spread(const Segment<T>& segment, int length, double sum,
+                                                               ReduceMemory& memory, SegmentHead& head) {
     int64_t count = length;
     const bool plain = length == kSegmentLength<T> && fabs(sum) < double(infinity());
     if (!plain) {
         float partial = 0;  // scaled, so that no sum of 64 finite numbers overflows
         int finite = 0, masked = 0, undefined = 0;
-        segment.each_vector([&](int j, const float(&z)[kPerVector<T>]) {
+        segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
 #pragma unroll
             for (int u = 0; u < kPerVector<T>; ++u) {
                 const bool present = Segment<T>::column(j, u) < length, known = is_finite(z[u]);
@@ -145,7 +148,8 @@ __device__ __forceinline__ void find_spread(const Segment<T>& segment, int lengt
         for (int w = 0; w < kWarps; ++w) count += memory.count[w];
     }
     const double mean = count ? sum / double(count) : 0.0;
-    double square = warp_sum(plain ? squares<false, float>(segment, float(mean)) : squares<true, float>(segment, float(mean)));
+    double square =
+        warp_sum(plain ? squares<false, float>(segment, float(mean)) : squares<true, float>(segment, float(mean)));
     if (lane_index() == 0) memory.square[warp_index()] = square;
     __syncthreads();
     square = over_warps(memory.square);
@@ -164,11 +168,11 @@ __device__ __forceinline__ void find_spread(const Segment<T>& segment, int lengt
 }
 
 // Only whether some logit is NaN or +inf. Ends with a barrier.
-template <class T>
-__device__ __forceinline__ void find_kind(const Segment<T>& segment, double sum, ReduceMemory& memory, SegmentHead& head) {
+template <class T> __device__ __forceinline__ void find_kind(const Segment<T>& segment, double sum,
+                                                             ReduceMemory& memory, SegmentHead& head) {
     if (!(fabs(sum) < double(infinity()))) {
         bool undefined = false;
-        segment.each_vector([&](int, const float(&z)[kPerVector<T>]) {
+        segment.each_vector([&](int, const float (&z)[kPerVector<T>]) {
 #pragma unroll
             for (int u = 0; u < kPerVector<T>; ++u) undefined |= !is_finite(z[u]) && z[u] != -infinity();
         });
@@ -183,7 +187,7 @@ template <class T>
 __device__ __forceinline__ void find_argmax(const Segment<T>& segment, float top, float own_top, ReduceMemory& memory) {
     if (own_top != top || top == -infinity()) return;  // all but a thread or two
     int lowest = kSegmentLength<T>;
-    segment.each_vector([&](int j, const float(&z)[kPerVector<T>]) {
+    segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
 #pragma unroll
         for (int u = 0; u < kPerVector<T>; ++u)
             if (z[u] == top) lowest = min(lowest, Segment<T>::column(j, u));

@@ -1,8 +1,8 @@
-// The one kernel that reads logits forward: statistics, statistics with ranks, and ranks, over some segments of one row.
+// The one kernel that reads logits forward: statistics, statistics with ranks, and ranks, over some segments of one
+// row.
 #pragma once
+#include "kernels.h"
 #include "places.cuh"
-#include "rows.cuh"
-#include "sums.cuh"
 
 namespace fastcalib::cuda {
 
@@ -12,9 +12,9 @@ struct SweepArgs {
     Temperatures temperatures;
     Selection selected;
     Partial partial;
-    int segments;             // of a row
-    int splits, per_split;    // blocks of a row, and segments of a block
-    int capacity, copies;     // thresholds held in shared memory at a time
+    int segments;           // of a row
+    int splits, per_split;  // blocks of a row, and segments of a block
+    int capacity, copies;   // thresholds held in shared memory at a time
 };
 
 struct SweepMemory {
@@ -24,9 +24,10 @@ struct SweepMemory {
 
 // K temperatures over a segment in registers. With masses, each power is also dropped into the bin of its place.
 template <bool Moments, bool Masses, class T>
-__device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int segment_index, const Segment<T>& segment,
-                                            float top, bool first_chunk, const Places<T>& places, const Bins& bins, int count,
-                                            int64_t position, ReduceMemory& reduce, SuffixScan::TempStorage& scan) {
+__device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int segment_index,
+                                            const Segment<T>& segment, float top, bool first_chunk,
+                                            const Places<T>& places, const Bins& bins, int count, int64_t position,
+                                            ReduceMemory& reduce, SuffixScan::TempStorage& scan) {
     const double* temperature = a.temperatures.row(row);
     for (int64_t k = 0; k < a.temperatures.count; ++k) {
         const float c = float(kLog2e * (1.0 / temperature[k]));
@@ -35,7 +36,7 @@ __device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int
             clear(bins.masses, Bins::words(count, bins.copies));
             __syncthreads();
         }
-        sum_powers<Moments>(segment, top, c, parts, [&](int j, const float(&e)[kPerVector<T>]) {
+        sum_powers<Moments>(segment, top, c, parts, [&](int j, const float (&e)[kPerVector<T>]) {
             if constexpr (Masses) add_masses(bins, places, j, e);
         });
         __syncthreads();
@@ -49,24 +50,25 @@ __device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int
             gather_copies(bins.masses, count, bins.copies);
             uint64_t* out = a.partial.masses(segment_index, k, position);
             sum_above(
-                count, scan, [&](int p) { return (bins.total(bins.masses, p, 0) << 17) + bins.total(bins.masses, p, 1); },
+                count, scan,
+                [&](int p) { return (bins.total(bins.masses, p, 0) << 17) + bins.total(bins.masses, p, 1); },
                 [&](int j, uint64_t above) { out[j] = above; });
         }
     }
 }
 
 // One segment's Head, and its Sums unless the row has no softmax here.
-template <class T>
-__device__ __forceinline__ void write_head(const SweepArgs& a, int64_t row, int segment_index, float top, SegmentHead& head,
-                                           const ReduceMemory& reduce) {
+template <class T> __device__ __forceinline__ void write_head(const SweepArgs& a, int64_t row, int segment_index,
+                                                              float top, SegmentHead& head,
+                                                              const ReduceMemory& reduce) {
     if (threadIdx.x != 0) return;
     head.top = top;
     head.argmax = reduce.argmax < kSegmentLength<T> ? reduce.argmax : -1;
     *a.partial.head(row, segment_index) = head;
 }
 
-template <class T, bool Statistics, bool Counting>
-__global__ void __launch_bounds__(kThreads, Counting ? 2 : 3) sweep_kernel(const SweepArgs a) {
+template <class T, bool Statistics, bool Counting> __global__ void __launch_bounds__(kThreads, Counting ? 2 : 3)
+    sweep_kernel(const SweepArgs a) {
     extern __shared__ uint32_t dynamic[];
     __shared__ SweepMemory memory;
     const int64_t row = blockIdx.x / a.splits;
@@ -136,6 +138,25 @@ __global__ void __launch_bounds__(kThreads, Counting ? 2 : 3) sweep_kernel(const
                 });
         }
     } while (Counting && begin + chunk * a.capacity < end);
+}
+
+// Launch a sweep with its shared memory.
+template <class T, bool Statistics, bool Counting> int launch_sweep(const SweepArgs& a, Stream stream) {
+    const auto kernel = sweep_kernel<T, Statistics, Counting>;
+    size_t bytes = 0;
+    if (Counting) {
+        const bool masses = a.temperatures.count > 0;
+        bytes = 4 * size_t(a.capacity + (masses ? 2 : 1) * Bins::words(a.capacity, a.copies));
+    }
+    const int64_t blocks = a.logits.rows * a.splits;
+    if (blocks == 0) return 0;
+    if (blocks > 0x7fffffff) return int(cudaErrorInvalidConfiguration);
+    if (bytes > 44 * 1024) {
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+        if (error != cudaSuccess) return int(error);
+    }
+    kernel<<<unsigned(blocks), kThreads, bytes, stream>>>(a);
+    return int(cudaGetLastError());
 }
 
 }  // namespace fastcalib::cuda

@@ -1,7 +1,7 @@
 // Sorting the thresholds of each row, and each threshold's place among them. Not yet run on a GPU.
 //
-// Ties need no merging: equal keys stand next to each other, a logit equal to them is counted at the first, and the place of a
-// threshold is that of the first key equal to it.
+// Ties need no merging: equal keys stand next to each other, a logit equal to them is counted at the first, and the
+// place of a threshold is that of the first key equal to it.
 #include <cub/block/block_radix_sort.cuh>
 
 #include "kernels.h"
@@ -69,8 +69,8 @@ template <int Threads, int Items> struct SortMemory {
 };
 
 // Up to Threads * Items thresholds: a block's radix sort, then a binary search for each.
-template <int Threads, int Items>
-__global__ void __launch_bounds__(Threads) sort_in_block(const RanksArgs a, const Partial partial, int capacity) {
+template <int Threads, int Items> __global__ void __launch_bounds__(Threads)
+    sort_in_block(const RanksArgs a, const Partial partial, int capacity) {
     extern __shared__ __align__(16) unsigned char dynamic[];
     auto& memory = *reinterpret_cast<SortMemory<Threads, Items>*>(dynamic);
     const int64_t row = blockIdx.x, chunk = blockIdx.y;

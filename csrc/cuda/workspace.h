@@ -11,8 +11,8 @@ namespace fastcalib::cuda {
 
 using Stream = CUstream_st*;
 
-// The caller passes as much memory on the device as these say; nothing is allocated, copied or waited for here, so every launch
-// can be captured in a CUDA graph. `selected` is the number of selected tokens or thresholds in all.
+// The caller passes as much memory on the device as these say; nothing is allocated, copied or waited for here, so
+// every launch can be captured in a CUDA graph. `selected` is the number of selected tokens or thresholds in all.
 size_t statistics_workspace(const StatisticsArgs& args, int64_t selected);
 size_t statistics_backward_workspace(const StatisticsBackwardArgs& args);
 size_t ranks_workspace(const RanksArgs& args, int64_t selected);
@@ -27,13 +27,13 @@ const char* compiled_targets();  // such as "sm_80 sm_90": what this build holds
 
 // Makes a device current, and the one before again at the end.
 class OnDevice {
-   public:
+ public:
     explicit OnDevice(int device);
     ~OnDevice();
     OnDevice(const OnDevice&) = delete;
     OnDevice& operator=(const OnDevice&) = delete;
 
-   private:
+ private:
     int previous_ = -1;
 };
 

@@ -1,8 +1,9 @@
 """Tensors to calls of the CUDA C++ kernels in ``fastcalib._C`` (csrc/cuda/). Not yet run on a GPU.
 
-The functions take and return what their ``_forward_cpu`` and ``_backward_cpu`` siblings do. They enqueue kernels on the current
-stream and never wait for the device: a bad token id therefore raises nothing, but gives NaN in ``log_prob`` and
-``mass_greater`` and -1 in counts. Scratch memory comes from torch's allocator, so a call can be captured in a CUDA graph.
+The functions take and return what their ``_forward_cpu`` and ``_backward_cpu`` siblings do. They enqueue kernels on the
+current stream and never wait for the device: a bad token id therefore raises nothing, but gives NaN in ``log_prob`` and
+``mass_greater`` and -1 in counts. Scratch memory comes from torch's allocator, so that a call can be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def backward_into(
     vocab_size: int,
     ignore_index: int,
 ) -> None:
-    """Write the gradient into ``out``, which must not overlap the logits: neighbouring warps read across their borders."""
+    """Write the gradient into ``out``, which must not overlap the logits: warps read across their borders."""
     _check_dtype(logits)
     layout, target = row_layout(logits), row_layout(out)
     if target.tensor is not out:
