@@ -24,9 +24,9 @@ def collect() -> dict[str, Any]:
 
     Returns:
         ``versions`` (name -> version or None), ``python``, ``platform``, ``extension`` (``loaded``, ``path``, the
-        ``isa`` chosen, the ``isas`` this machine can run, ``compiler``, ``openmp``, the ``cuda`` targets
-        compiled in; or ``why_missing``), ``backends`` (name -> ``live``, ``why``), ``threads`` (``torch``, ``cpus``) and ``openmp_runtimes`` (the shared libraries
-        loaded; more than one means more than one pool of threads).
+        ``isa`` chosen, the ``isas`` this machine can run, ``compiler``, ``openmp``, the ``cuda`` targets compiled in;
+        or ``why_missing``), ``backends`` (name -> ``live``, ``why``), ``threads`` (``torch``, ``cpus``) and
+        ``openmp_runtimes`` (the shared libraries loaded; more than one means more than one pool of threads).
 
     Example:
         >>> from fastcalib.info import collect

@@ -9,12 +9,11 @@
 #pragma once
 #include <cub/block/block_scan.cuh>
 
-#include "segment.cuh"
+#include "rows.cuh"
 
 namespace fastcalib::cuda {
 
 constexpr float kMassScale = 0x1p17f;
-constexpr double kMassUnit = 0x1p-34;
 
 // Shared memory of one block: sorted thresholds, then bins. `copies` is a power of two.
 struct Bins {

@@ -13,6 +13,8 @@ __device__ __forceinline__ float logit_at(const Matrix& logits, int64_t row, int
     return logits.row<const float>(row)[column];
 }
 
+constexpr double kMassUnit = 0x1p-34;  // of what places.cuh counts masses in
+
 enum class Token { kGood, kIgnored, kBad };
 
 __device__ __forceinline__ Token kind_of(const Selection& selected, int64_t vocab, int64_t i) {
