@@ -38,7 +38,7 @@ def _activate(name: str) -> Iterator[str]:
             emulator.triton(sm=int(name.removeprefix("triton-sm")), ptxas=False),
             pytest.MonkeyPatch.context() as patch,
         ):
-            patch.setattr(backends_module, "_triton_on_cpu", True)
+            patch.setattr(backends_module, "_on_cpu", ("triton",))
             yield "triton"
         return
     if not name.startswith("cpp-"):

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels, in the emulator with all its checks on, against float64: as the CPU's, over fewer, shorter rows.
+"""The CUDA C++ kernels, in the emulator with all its checks on, against float64: as the CPU's, over fewer rows.
 
 An access out of bounds or out of line, a race, a read of what nobody wrote: each is an error here. Nothing here has
 been compared with a GPU.
@@ -13,19 +13,17 @@ import torch
 
 import fastcalib
 from fastcalib import ValidSets
-from fastcalib.backends import extension
-from fastcalib.ops import _cuda
+from fastcalib.backends import cuda_extension
+from fastcalib.ops import _cuda, _gpu
 
 from . import cases, emulated_cuda, reference
 from .cases import LAYOUTS, random_logits, random_sets
 from .checks import assert_statistics, assert_within, check_gradient
 
-if not fastcalib.backends()["cpp"][0]:
-    pytest.skip("the emulated kernels stand in for the C++ backend, which is not built", allow_module_level=True)
 if emulated_cuda.why_not():
     pytest.skip(emulated_cuda.why_not(), allow_module_level=True)
 
-DTYPES = _cuda.DTYPES
+DTYPES = _gpu.DTYPES
 # Of an architecture; sm_80 goes through other instructions (no bf16 conversions by two, no redux of floats).
 SEGMENT = {torch.float32: 8_192, torch.bfloat16: 16_384, torch.float16: 16_384}
 # Less than a vector, a vector, a warp's and a block's worth of vectors, each give or take one.
@@ -48,7 +46,7 @@ quick_dtype = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _no_other_backend() -> Iterator[None]:
     yield
-    assert _cuda._module is extension, "the emulated module was left in place"
+    assert _cuda._module is cuda_extension, "the emulated module was left in place"
 
 
 def check(logits, index, temperature, what, sm, *, vocab_size=None, ranks=False, **options):
@@ -56,7 +54,7 @@ def check(logits, index, temperature, what, sm, *, vocab_size=None, ranks=False,
     sets = ValidSets.from_lists(index) if any(index) else None
     with emulated_cuda.backend(sm, **options) as run:
         got = fastcalib.statistics(
-            logits, sets, temperature, vocab_size=vocab_size, ranks=ranks and sets is not None, backend="cpp"
+            logits, sets, temperature, vocab_size=vocab_size, ranks=ranks and sets is not None, backend="cuda"
         )
     want = reference.statistics(logits, temperature, index, vocab_size=vocab_size)
     assert_statistics(got, want, logits.dtype, what)
@@ -107,9 +105,9 @@ def test_vocabularies_of_real_models(sm, dtype, v):
     logits = torch.cat([random_logits(1, v, dtype=dtype, scale=scale, seed=v) for scale in (3.0, 5.0)])
     index = random_sets(2, v, [3, 16])
     check(logits, index, [1.0, 0.6], f"V={v}", sm, ranks=True)
-    check_gradient(logits, [[], []], 1.0, "cpp", f"CPU, V={v}")  # the tolerance is one that the CPU meets too
+    check_gradient(logits, [[], []], 1.0, "eager", f"CPU, V={v}")  # the tolerance is one that the CPU meets too
     with emulated_cuda.backend(sm):
-        check_gradient(logits, index, [1.0, 0.6], "cpp", f"V={v}")
+        check_gradient(logits, index, [1.0, 0.6], "cuda", f"V={v}")
 
 
 @each_arch()
@@ -117,7 +115,7 @@ def test_vocabularies_of_real_models(sm, dtype, v):
 def test_temperatures(sm, temperature):
     logits = random_logits(3, 3_000, dtype=torch.bfloat16)
     with emulated_cuda.backend(sm):
-        got = fastcalib.statistics(logits, temperature=temperature, backend="cpp")
+        got = fastcalib.statistics(logits, temperature=temperature, backend="cuda")
     got = got._replace(**{n: getattr(got, n).reshape(3, -1) for n in reference.OVER_TEMPERATURES})
     assert_statistics(got, reference.statistics(logits, temperature), logits.dtype, f"T={temperature}")
 
@@ -147,7 +145,7 @@ def test_layouts_give_the_same_bits(sm, dtype, layout):
         results = []
         for z in (logits, LAYOUTS[layout](logits)):
             z = z.detach().requires_grad_()
-            s = fastcalib.statistics(z, ids, ranks=True, backend="cpp")
+            s = fastcalib.statistics(z, ids, ranks=True, backend="cuda")
             (g,) = torch.autograd.grad(s.entropy.sum() + s.log_prob.sum() + s.std_logits.sum(), z)
             results.append((*s, g))
     for a, b in zip(*results):
@@ -164,8 +162,8 @@ def test_every_alignment_gives_the_same_bits(sm, dtype):
         for shift in range(8):
             wide = torch.full((2, v + 11), torch.nan, dtype=dtype)  # an odd distance of rows too
             z = wide[:, shift : shift + v].copy_(logits)
-            s = fastcalib.statistics(z, ids, backend="cpp")
-            r = fastcalib.ranks(z, ids, temperature=0.7, backend="cpp")
+            s = fastcalib.statistics(z, ids, backend="cuda")
+            r = fastcalib.ranks(z, ids, temperature=0.7, backend="cuda")
             results.append((*s[:11], *r))
     for shift, result in enumerate(results):
         for a, b in zip(result, results[0]):
@@ -181,9 +179,9 @@ def test_gradients(sm, dtype, temperature):
     logits[2] = -torch.inf
     index = [[5, 700], [2_050], [0], []]  # some, the last one, an undefined row, none
     with emulated_cuda.backend(sm):
-        check_gradient(logits, index, temperature, "cpp", "all fields")
-        check_gradient(logits[:, 1:], [[0], [1], [2], [3]], temperature, "cpp", "odd start")
-        check_gradient(logits, [[5], [], [], []], temperature, "cpp", "padding", vocab_size=2_043)
+        check_gradient(logits, index, temperature, "cuda", "all fields")
+        check_gradient(logits[:, 1:], [[0], [1], [2], [3]], temperature, "cuda", "odd start")
+        check_gradient(logits, [[5], [], [], []], temperature, "cuda", "padding", vocab_size=2_043)
 
 
 @each_arch()
@@ -193,7 +191,7 @@ def test_gradients_of_each_field_alone(sm, dtype):
     with emulated_cuda.backend(sm):
         for field in reference.SMOOTH:
             others = tuple(n for n in reference.SMOOTH if n != field)
-            check_gradient(logits, index, 0.8, "cpp", field, skip=others)
+            check_gradient(logits, index, 0.8, "cuda", field, skip=others)
 
 
 @each_arch()
@@ -204,14 +202,14 @@ def test_gradients_of_a_token_selected_twice(sm):
     ids = torch.tensor([[5, 7, 5, 5], [0, 599, 599, 3]])
     ids[0, 1] = top
 
-    def gradient():
-        s = fastcalib.statistics(logits, ids, [0.5, 2.0], backend="cpp")
+    def gradient(backend):
+        s = fastcalib.statistics(logits, ids, [0.5, 2.0], backend=backend)
         weights = torch.arange(16.0).reshape(2, 4, 2) - 5
         return torch.autograd.grad((s.log_prob * weights).sum() + s.max_prob.sum(), logits)[0]
 
-    want = gradient()
+    want = gradient("eager")
     with emulated_cuda.backend(sm):
-        got = gradient()
+        got = gradient("cuda")
     assert_within(got, want, 2**-8 * want.abs().double() + 1e-6, "a unit of bfloat16: a tie may go the other way")
 
 
@@ -224,7 +222,7 @@ def test_gradients_of_hostile_rows(sm, dtype):
         # finfo.min beside other numbers has no spread; squares of 3e4 are within float32
         logits = torch.stack([row for name, row in rows.items() if "finfo.min" not in name])
         with emulated_cuda.backend(sm):
-            check_gradient(logits, [[r % v] for r in range(len(logits))], 1.0, "cpp", f"V={v}", skip=("std_logits",))
+            check_gradient(logits, [[r % v] for r in range(len(logits))], 1.0, "cuda", f"V={v}", skip=("std_logits",))
 
 
 @each_arch()
@@ -234,12 +232,12 @@ def test_skipped_ignored_and_undefined_rows(sm):
     logits.requires_grad_()
     ids = torch.tensor([[1, -100], [-100, -100], [3, 4], [5, -100], [6, 7]])
     with emulated_cuda.backend(sm) as run:
-        s = fastcalib.statistics(logits, ids, [0.5, 1.0], ranks=True, backend="cpp")
+        s = fastcalib.statistics(logits, ids, [0.5, 1.0], ranks=True, backend="cuda")
         assert run.launches[1].counters.buffers["logits"].loaded == 4 * 900 * 4, "a skipped row was read"
         total = s.entropy.sum() + s.log_prob[:, 0].sum()
         (g,) = torch.autograd.grad(total, logits)
-        r = fastcalib.ranks(logits, ids, temperature=[0.5, 1.0], backend="cpp")
-    want = fastcalib.statistics(logits, ids, [0.5, 1.0], ranks=True, backend="cpp")
+        r = fastcalib.ranks(logits, ids, temperature=[0.5, 1.0], backend="cuda")
+    want = fastcalib.statistics(logits, ids, [0.5, 1.0], ranks=True, backend="eager")
     for name, a, b in zip(s._fields, s, want):
         assert_within(a, b, 4e-6 * b.abs().double().nan_to_num() + 1e-6, name)
     (expected,) = torch.autograd.grad(want.entropy.sum() + want.log_prob[:, 0].sum(), logits)
@@ -254,8 +252,8 @@ def test_skipped_ignored_and_undefined_rows(sm):
 def test_a_bad_id_reads_nothing(sm, bad):
     logits, ids = random_logits(2, 900).requires_grad_(), torch.tensor([[3, bad], [4, 5]])
     with emulated_cuda.backend(sm):
-        s = fastcalib.statistics(logits, ids, ranks=True, backend="cpp")
-        r = fastcalib.ranks(logits, ids, temperature=1.0, backend="cpp")
+        s = fastcalib.statistics(logits, ids, ranks=True, backend="cuda")
+        r = fastcalib.ranks(logits, ids, temperature=1.0, backend="cuda")
         (g,) = torch.autograd.grad(s.log_prob.nan_to_num().sum(), logits)
     assert s.log_prob.isnan().tolist() == [[False, True], [False, False]] and s.entropy.isfinite().all()
     for counted in (s, r):
@@ -274,7 +272,7 @@ def test_ranks(sm, dtype, m):
     ids = torch.tensor(random_sets(3, 2_100, [m], seed=m))
     for temperature in (None, [1.0, 0.2]):
         with emulated_cuda.backend(sm):
-            got = fastcalib.ranks(logits, ids, temperature=temperature, backend="cpp")
+            got = fastcalib.ranks(logits, ids, temperature=temperature, backend="cuda")
         check_counts(got, logits, [logits[r, ids[r]] for r in range(3)], temperature, f"M={m}", selected=True)
 
 
@@ -286,7 +284,7 @@ def test_thresholds_that_are_no_logits(sm, dtype):
     t = torch.linspace(-9, 9, 40).repeat(3, 1)
     t[:, 5], t[:, 6], t[:, 7], t[:, 8], t[:, 9], t[:, 10] = torch.inf, -torch.inf, torch.nan, 0.0, -0.0, t[:, 11]
     with emulated_cuda.backend(sm):
-        got = fastcalib.ranks(logits, thresholds=t, temperature=1.0, backend="cpp")
+        got = fastcalib.ranks(logits, thresholds=t, temperature=1.0, backend="cuda")
     check_counts(got, logits, list(t), 1.0, "thresholds", selected=False)
 
 
@@ -295,8 +293,8 @@ def test_denormals_and_signed_zeros_are_told_apart(sm):
     tiny = 2.0**-140
     z = torch.tensor([[0.0, tiny, -tiny, 2 * tiny, -0.0], [-tiny, -2 * tiny, -tiny, -3 * tiny, -1.0]])
     with emulated_cuda.backend(sm):
-        r = fastcalib.ranks(z, torch.arange(5).expand(2, 5), backend="cpp")
-        s = fastcalib.statistics(z, backend="cpp")
+        r = fastcalib.ranks(z, torch.arange(5).expand(2, 5), backend="cuda")
+        s = fastcalib.statistics(z, backend="cuda")
     assert r.n_greater.tolist() == [[2, 1, 4, 0, 2], [0, 2, 0, 3, 4]] and r.n_equal[0].tolist() == [1, 0, 0, 0, 1]
     assert s.argmax.tolist() == [3, 0] and s.max_logit.tolist() == [2 * tiny, -tiny]
 
@@ -310,7 +308,7 @@ def test_ragged_sets(sm, sizes):
     sets = ValidSets.from_lists(lists)
     for temperature in (None, [1.0, 2.0]):
         with emulated_cuda.backend(sm):
-            got = fastcalib.ranks(logits, sets, temperature=temperature, backend="cpp")
+            got = fastcalib.ranks(logits, sets, temperature=temperature, backend="cuda")
         picked = [logits[r, ids] for r, ids in enumerate(lists)]
         check_counts(got, logits, picked, temperature, f"{sizes}", selected=True)
 
@@ -323,7 +321,7 @@ def test_large_sets(sm, m, masses):
     ids = torch.tensor(random_sets(2, 20_000, [m]))
     temperature = [1.0] if masses else None
     with emulated_cuda.backend(sm):
-        got = fastcalib.ranks(logits, ids, temperature=temperature, backend="cpp")
+        got = fastcalib.ranks(logits, ids, temperature=temperature, backend="cuda")
     check_counts(got, logits, [logits[r, ids[r]] for r in range(2)], temperature, f"M={m}", selected=True)
 
 
@@ -336,9 +334,9 @@ def test_bits_do_not_depend_on_the_batch_or_on_the_number_of_blocks(sm, dtype):
     def everything(z, i, sms):
         z = z.detach().requires_grad_()
         with emulated_cuda.backend(sm, multiprocessors=sms, shuffle_seed=sms):
-            s = fastcalib.statistics(z, i, [0.7, 1.0], ranks=True, backend="cpp")
+            s = fastcalib.statistics(z, i, [0.7, 1.0], ranks=True, backend="cuda")
             (g,) = torch.autograd.grad(s.entropy.sum() + s.log_prob.sum() + s.max_prob.sum(), z)
-            r = fastcalib.ranks(z, i, temperature=[0.7, 1.0], backend="cpp")
+            r = fastcalib.ranks(z, i, temperature=[0.7, 1.0], backend="cuda")
         return (*s, g, *r)
 
     together = everything(logits, ids, 132)
@@ -354,9 +352,9 @@ def test_masses_do_not_depend_on_how_many_thresholds_are_held(sm):
     logits = random_logits(5, 2_100, dtype=torch.bfloat16)
     (large,) = random_sets(1, 2_100, [700])
     with emulated_cuda.backend(sm):
-        whole = fastcalib.ranks(logits[:1], torch.tensor([large]), temperature=0.8, backend="cpp")
+        whole = fastcalib.ranks(logits[:1], torch.tensor([large]), temperature=0.8, backend="cuda")
         sets = ValidSets.from_lists([large, [1], [2], [3], []])
-        chunks = fastcalib.ranks(logits, sets, temperature=0.8, backend="cpp")
+        chunks = fastcalib.ranks(logits, sets, temperature=0.8, backend="cuda")
     for a, b in zip(whole, chunks):
         assert torch.equal(a.reshape(-1), b[:700])
 
@@ -369,7 +367,7 @@ def test_traffic(sm, dtype):
     logits = random_logits(rows, v, dtype=dtype).requires_grad_()
     size, ids = logits.nbytes, torch.tensor([3, 70])
     with emulated_cuda.backend(sm) as run:
-        s = fastcalib.statistics(logits, backend="cpp")
+        s = fastcalib.statistics(logits, backend="cuda")
         torch.autograd.grad(s.logsumexp.sum() + s.entropy.sum(), logits)
         forward, backward = run.launches[0].counters, run.launches[-1].counters
         assert forward.buffers["logits"].loaded == size and set(forward.load_widths) >= {128}
@@ -378,7 +376,7 @@ def test_traffic(sm, dtype):
         assert backward.buffers["logits"].loaded == size and backward.store_widths == {128: size // 16}
         assert sum(launch.counters.buffers["logits"].loaded for launch in run.launches) == 2 * size
         run.launches.clear()
-        fastcalib.ranks(logits, ids, temperature=[1.0, 2.0], backend="cpp")
+        fastcalib.ranks(logits, ids, temperature=[1.0, 2.0], backend="cuda")
         # and each of the two selected logits when the thresholds are gathered
         loaded = sum(launch.counters.buffers["logits"].loaded for launch in run.launches)
         assert loaded == size + 2 * logits.element_size()
@@ -386,12 +384,29 @@ def test_traffic(sm, dtype):
         assert sweep.ex2 == 2 * rows * v
         run.launches.clear()
         odd = torch.full((rows, v + 3), torch.nan, dtype=dtype)[:, 1 : v + 1].copy_(logits.detach())
-        fastcalib.statistics(odd, backend="cpp")
+        fastcalib.statistics(odd, backend="cuda")
         traffic = run.launches[0].counters.buffers["logits"]
         # Of unaligned rows each warp reads one vector of 33 again, from the cache: memory delivers every byte once.
         assert traffic.loaded_once == size and traffic.loaded <= size * 33 / 32
 
 
 def test_what_the_kernels_do_not_take():
-    with pytest.raises(TypeError, match=r"takes float32, bfloat16 or float16 logits, got torch\.float64"):
-        _cuda.ranks(torch.zeros(1, 4, dtype=torch.float64), torch.tensor([0]), None, 1, None, None, 4, -100)
+    logits = torch.zeros(1, 4, dtype=torch.float64)
+    with (
+        emulated_cuda.backend(90),
+        pytest.raises(TypeError, match=r"take float32, bfloat16 and float16 logits, got torch\.float64"),
+    ):
+        fastcalib.ranks(logits, torch.tensor([0]), backend="cuda")
+
+
+@each_arch()
+def test_a_gradient_in_the_place_of_the_logits(sm):
+    """Warps read across their borders, so it must go through memory of its own."""
+    logits, target = random_logits(3, 1_001), torch.tensor([1, -100, 1_000])
+    leaf = logits.clone().requires_grad_()
+    loss = fastcalib.losses.TailrLoss(gamma=1e-3)
+    (want,) = torch.autograd.grad(fastcalib.fused_loss(leaf, target, loss, backend="eager"), leaf)
+    with emulated_cuda.backend(sm):
+        h = leaf * 1.0
+        fastcalib.fused_loss(h, target, loss, inplace_backward=True, backend="cuda").backward()
+    assert_within(leaf.grad, want, 1e-6, "gradient")

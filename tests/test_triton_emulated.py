@@ -35,7 +35,7 @@ SMALL, ODD, LONG = 36, 2_049, 33_000
 def device(request) -> Iterator[emulator.Run]:
     """An emulated GPU, on which backend="triton" runs CPU tensors."""
     with emulator.triton(sm=request.param, ptxas=False) as run, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_triton_on_cpu", True)
+        patch.setattr(backends, "_on_cpu", ("triton",))
         yield run
 
 

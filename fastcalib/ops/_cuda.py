@@ -1,9 +1,8 @@
 """Tensors to calls of the CUDA C++ kernels in ``fastcalib._C`` (csrc/cuda/). Not yet run on a GPU.
 
-The functions take and return what their ``_forward_cpu`` and ``_backward_cpu`` siblings do. They enqueue kernels on the
-current stream and never wait for the device: a bad token id therefore raises nothing, but gives NaN in ``log_prob`` and
-``mass_greater`` and -1 in counts. Scratch memory comes from torch's allocator, so that a call can be captured in a CUDA
-graph.
+The functions fill results that the caller made. They enqueue kernels on the current stream and never wait for the
+device: a bad token id therefore raises nothing, but gives NaN in ``log_prob`` and ``mass_greater`` and -1 in counts.
+Scratch memory comes from torch's allocator, so that a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,19 +13,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..backends import extension
+from ..backends import cuda_extension
 from ._arguments import row_layout
-from .statistics import _allocate as _allocate_statistics
-from .statistics import _pointer
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What is asked for the kernels; the emulator's tests put a module of their own here.
-_module: Callable[[], ModuleType] = extension
-
-
-def _check_dtype(logits: Tensor) -> None:
-    if logits.dtype not in DTYPES:
-        raise TypeError(f'backend "cuda" takes float32, bfloat16 or float16 logits, got {logits.dtype}; use "eager"')
+_module: Callable[[], ModuleType] = cuda_extension
 
 
 def _scratch(size: int, device: torch.device) -> Tensor:
@@ -38,7 +29,7 @@ def _launch(name: str, *arguments: Tensor | int | None) -> None:
     logits = arguments[0]
     assert isinstance(logits, Tensor)
     device = logits.device
-    numbers = [_pointer(a) if isinstance(a, Tensor) or a is None else a for a in arguments]
+    numbers = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
     function = getattr(_module(), name)
     index = device.index or 0
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -47,6 +38,7 @@ def _launch(name: str, *arguments: Tensor | int | None) -> None:
 
 
 def statistics_forward(
+    out: tuple[Tensor, ...],
     logits: Tensor,
     temperature: Tensor,
     index: Tensor | None,
@@ -55,47 +47,18 @@ def statistics_forward(
     vocab_size: int,
     ignore_index: int,
     ranks: bool,
-) -> tuple[Tensor, ...]:
+) -> None:
     """The packed results of ``fastcalib::statistics``."""
-    _check_dtype(logits)
     layout = row_layout(logits)
-    out = _allocate_statistics(logits, temperature, index, ranks)
     if layout.n_rows == 0:
-        return out
-    temperature = temperature.contiguous()
+        return
     _launch(
-        "cuda_statistics_forward", layout.tensor, *layout.args()[1:], vocab_size,
-        temperature, temperature.shape[0], temperature.shape[1],
+        "cuda_statistics_forward", layout.tensor, *layout.args()[1:], vocab_size, temperature, *temperature.shape,
         index, 0 if index is None else index.shape[0], per_row, offsets, ignore_index, ranks, *out,
     )  # fmt: skip
-    return out
 
 
 def statistics_backward(
-    grad_rows: Tensor,
-    grad_scalars: Tensor,
-    grad_log_prob: Tensor,
-    logits: Tensor,
-    temperature: Tensor,
-    index: Tensor | None,
-    per_row: int,
-    offsets: Tensor | None,
-    rows: Tensor,
-    scalars: Tensor,
-    saved: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-) -> Tensor:
-    """The gradient with respect to the logits, in fresh memory."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backward_into(
-        out, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, per_row, offsets, rows, scalars, saved,
-        vocab_size, ignore_index,
-    )  # fmt: skip
-    return out
-
-
-def backward_into(
     out: Tensor,
     grad_rows: Tensor,
     grad_scalars: Tensor,
@@ -111,23 +74,26 @@ def backward_into(
     vocab_size: int,
     ignore_index: int,
 ) -> None:
-    """Write the gradient into ``out``, which must not overlap the logits: warps read across their borders."""
-    _check_dtype(logits)
+    """The gradient with respect to the logits. Warps read across their borders, so where ``out`` is the logits
+    themselves it goes through memory of its own."""
     layout, target = row_layout(logits), row_layout(out)
-    if target.tensor is not out:
-        raise ValueError(f"out must have adjacent columns and at most two strides over its rows, got {out.stride()}")
     if layout.n_rows == 0:
         return
-    temperature = temperature.contiguous()
+    in_place = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    if in_place:
+        target = row_layout(torch.empty(out.shape, dtype=out.dtype, device=out.device))
     keep = [t.contiguous() for t in (rows, scalars, saved, grad_rows, grad_scalars, grad_log_prob)]
     _launch(
-        "cuda_statistics_backward", layout.tensor, *layout.args()[1:], vocab_size, logits.shape[-1],
-        temperature, temperature.shape[0], temperature.shape[1], index, per_row, offsets, ignore_index, *keep,
-        out, target.inner, target.outer_stride, target.inner_stride,
+        "cuda_statistics_backward", layout.tensor, *layout.args()[1:], vocab_size, logits.shape[-1], temperature,
+        *temperature.shape, index, per_row, offsets, ignore_index, *keep, target.tensor, target.inner,
+        target.outer_stride, target.inner_stride,
     )  # fmt: skip
+    if in_place:
+        out.copy_(target.tensor)
 
 
 def ranks(
+    out: tuple[Tensor, Tensor, Tensor],
     logits: Tensor,
     index: Tensor | None,
     thresholds: Tensor | None,
@@ -136,21 +102,13 @@ def ranks(
     temperature: Tensor | None,
     vocab_size: int,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     """The results of ``fastcalib::ranks``: n_greater, n_equal, mass_greater."""
-    _check_dtype(logits)
-    given = index if index is not None else thresholds
-    assert given is not None
     layout = row_layout(logits)
-    count, k = given.shape[0], 0 if temperature is None else temperature.shape[1]
-    n_greater = torch.empty(count, dtype=torch.int64, device=logits.device)
-    out = (n_greater, torch.empty_like(n_greater), torch.empty(count, k, dtype=torch.float32, device=logits.device))
+    count = out[0].shape[0]
     if layout.n_rows == 0 or count == 0:
-        return out
-    thresholds = None if thresholds is None else thresholds.contiguous()
-    temperature = None if temperature is None else temperature.contiguous()
+        return
     _launch(
         "cuda_ranks", layout.tensor, *layout.args()[1:], vocab_size, index, thresholds, count, per_row, offsets,
-        ignore_index, temperature, 0 if temperature is None else temperature.shape[0], k, *out,
+        ignore_index, temperature, *((0, 0) if temperature is None else temperature.shape), *out,
     )  # fmt: skip
-    return out

@@ -57,7 +57,7 @@ def _forward(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = _allocate(logits, index, thresholds, temperature)
-    if logits.is_cuda or backend == "triton":  # on the CPU: Triton's interpreter, or an emulated device
+    if _gpu.serves(logits, backend):
         _gpu.ranks(out, logits, index, thresholds, per_row, offsets, temperature, vocab_size, ignore_index, backend)
         return out
     layout = row_layout(logits)

@@ -87,7 +87,7 @@ def _forward(
     moments: bool = True,
 ) -> tuple[Tensor, ...]:
     out = _allocate(logits, temperature, index, ranks)
-    if logits.is_cuda or backend == "triton":  # on the CPU: Triton's interpreter, or an emulated device
+    if _gpu.serves(logits, backend):
         # The moments are computed in any case: they cost no memory traffic, which is what counts there.
         _gpu.statistics_forward(
             out, logits, temperature, index, per_row, offsets, vocab_size, ignore_index, ranks, backend
@@ -160,7 +160,7 @@ def backward_into(
     layout, target = row_layout(logits), row_layout(out)
     if target.tensor is not out:
         raise ValueError(f"out must have adjacent columns and at most two strides over its rows, got {out.stride()}")
-    if logits.is_cuda or backend == "triton":
+    if _gpu.serves(logits, backend):
         _gpu.statistics_backward(
             out, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, per_row, offsets, rows, scalars,
             argmax, saved, vocab_size, ignore_index, backend,
