@@ -54,6 +54,12 @@ def test_votes() -> None:
     assert flags[::32].tolist() == [2, 1 + 4, 2 + 4]
 
 
+def test_votes_of_the_lanes_whose_guard_holds() -> None:
+    code = "mov.b32 %x, 99; setp.lt.u32 %p1, %a, 8; setp.ge.u32 %p2, %a, 4; @%p1 vote.sync.ballot.b32 %x, %p2, 255;"
+    (got,) = apply(code, [("u32", np.arange(32, dtype=np.uint32))], ["u32"])
+    assert got.tolist() == [0xF0] * 8 + [99] * 24
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
