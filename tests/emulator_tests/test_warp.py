@@ -113,6 +113,17 @@ def test_lanes_that_parted_meet_again_before_a_shuffle() -> None:
     assert out.tolist() == [160 + odd[0]] * 32 + [160 + odd[1]] * 32
 
 
+def test_a_shuffle_that_comes_first_in_the_code_waits_for_lanes_on_a_later_path() -> None:
+    """The even lanes are at the shuffle at once; the odd ones come back to it from behind."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """and.b32 %r10, %r0, 1; setp.ne.u32 %p1, %r10, 0; mov.b32 %r11, 1; @%p1 bra odd;
+    meet: redux.sync.add.u32 %r12, %r11, -1; bra.uni done;
+    odd: mov.b32 %r11, 10; bra.uni meet;
+    done: mad.wide.u32 %d20, %r2, 4, %d0; st.global.u32 [%d20], %r12;"""
+    launch(kernel(body, 1), [out])
+    assert out.tolist() == [16 + 160] * 32
+
+
 def test_elect() -> None:
     (leader, elected) = apply("elect.sync %x|%p1, -1; selp.u32 %y, 1, 0, %p1;", [("u32", VALUES[:64])], ["u32", "u32"])
     assert (leader == 0).all() and np.flatnonzero(elected).tolist() == [0, 32]
