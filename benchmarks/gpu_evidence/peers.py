@@ -218,7 +218,8 @@ def main() -> None:
                 rows.append(row)
                 print(
                     f"| {row.peer} | {row.job} | {row.dtype} | {row.read:.2f} | {row.written:.2f} "
-                    f"| {row.wide_loads:.0%} | {row.ex2:.2f} | {row.instructions:.1f} | {row.launches} | {row.error:.1e} |",
+                    f"| {row.wide_loads:.0%} | {row.ex2:.2f} | {row.instructions:.1f} | {row.launches} "
+                    f"| {row.error:.1e} |",
                     flush=True,
                 )
     if options.json:

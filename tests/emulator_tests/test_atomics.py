@@ -78,12 +78,12 @@ def test_packed_and_vector_add() -> None:
 
 
 def test_the_last_block_may_read_what_the_others_released() -> None:
-    """Partial results, a fence, a ticket: no race. Without the fence it is one."""
+    """Partial results, a fence or an atomic of .acq_rel, a ticket: no race. With neither it is one."""
     from tests.emulator import EmulatorError
 
-    def body(fence: str) -> str:
+    def body(fence: str, order: str = "relaxed") -> str:
         return f"""mad.wide.u32 %d20, %r1, 4, %d0; st.global.u32 [%d20], %r1; {fence}
-        mov.b32 %r11, 1; atom.global.add.u32 %r12, [%d1], %r11; setp.ne.u32 %p1, %r12, 7; @%p1 ret; {fence}
+        mov.b32 %r11, 1; atom.{order}.gpu.global.add.u32 %r12, [%d1], %r11; setp.ne.u32 %p1, %r12, 7; @%p1 ret; {fence}
         mov.b32 %r10, 0; mov.b32 %r13, 0; mov.u64 %d21, %d0;
         sum: ld.global.u32 %r14, [%d21]; add.u32 %r10, %r10, %r14; add.u64 %d21, %d21, 4; add.u32 %r13, %r13, 1;
         setp.lt.u32 %p2, %r13, 8; @%p2 bra sum; st.global.u32 [%d2], %r10;"""
@@ -94,8 +94,9 @@ def test_the_last_block_may_read_what_the_others_released() -> None:
             torch.zeros(1, dtype=torch.int32),
             torch.zeros(1, dtype=torch.int32),
         ]
-        launch(kernel(body("membar.gl;"), 3), buffers, grid=8, block=1, batch_lanes=batch)
-        assert buffers[2].item() == 28
-        buffers[1].zero_()
+        for ptx in (kernel(body("membar.gl;"), 3), kernel(body("", "acq_rel"), 3)):
+            launch(ptx, buffers, grid=8, block=1, batch_lanes=batch)
+            assert buffers[2].item() == 28
+            buffers[1].zero_()
         with pytest.raises(EmulatorError, match="race on argument 0"):
             launch(kernel(body(""), 3), buffers, grid=8, block=1, batch_lanes=batch)

@@ -44,6 +44,13 @@ def test_a_value_written_in_one_branch_only() -> None:
     assert out.tolist() == [1, 11, 21, 31] + [3] * 28
 
 
+def test_a_guarded_move_keeps_what_an_earlier_block_wrote() -> None:
+    out = torch.zeros(32, dtype=torch.int32)
+    body = "mov.b32 %r10, 3; setp.lt.u32 %p1, %r0, 4; bra.uni next; next: @%p1 mov.b32 %r10, 5;"
+    launch(kernel(body + STORE, 1), [out])
+    assert out.tolist() == [5] * 4 + [3] * 28
+
+
 def test_scopes_hide_names() -> None:
     """Inline assembly opens a scope; its register must not be the outer one of that name, nor its label."""
     out = torch.zeros(32, dtype=torch.int32)

@@ -244,6 +244,18 @@ def test_reading_output_memory_that_nobody_wrote() -> None:
     assert torch.isfinite(add.zero_()).all()  # torch.empty is torch's own again
 
 
+@pytest.mark.parametrize("second", [7, 8])
+def test_two_warps_may_store_one_value_but_not_two(second: int) -> None:
+    """Triton stores replicated values from several warps; that is no race as long as they agree."""
+    body = "setp.lt.u32 %p1, %r0, 32; @%p1 bra a; mov.b32 %r10, 7; st.shared.u32 [buffer], %r10; bra.uni b;"
+    body += f"a: mov.b32 %r10, {second}; st.shared.u32 [buffer], %r10; b:"
+    if second == 7:
+        launch(kernel(body, 0, shared=16), [], block=64)
+    else:
+        with caught("race on shared memory: write by block .* and write by block"):
+            launch(kernel(body, 0, shared=16), [], block=64)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -54,6 +54,12 @@ def test_votes() -> None:
     assert flags[::32].tolist() == [2, 1 + 4, 2 + 4]
 
 
+def test_votes_of_the_lanes_whose_guard_holds() -> None:
+    code = "mov.b32 %x, 99; setp.lt.u32 %p1, %a, 8; setp.ge.u32 %p2, %a, 4; @%p1 vote.sync.ballot.b32 %x, %p2, 255;"
+    (got,) = apply(code, [("u32", np.arange(32, dtype=np.uint32))], ["u32"])
+    assert got.tolist() == [0xF0] * 8 + [99] * 24
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
@@ -105,6 +111,17 @@ def test_lanes_that_parted_meet_again_before_a_shuffle() -> None:
     launch(kernel(body, 1), [out], block=64)
     odd = [sum(range(1 + 32 * w, 32 + 32 * w, 2)) for w in range(2)]
     assert out.tolist() == [160 + odd[0]] * 32 + [160 + odd[1]] * 32
+
+
+def test_a_shuffle_that_comes_first_in_the_code_waits_for_lanes_on_a_later_path() -> None:
+    """The even lanes are at the shuffle at once; the odd ones come back to it from behind."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """and.b32 %r10, %r0, 1; setp.ne.u32 %p1, %r10, 0; mov.b32 %r11, 1; @%p1 bra odd;
+    meet: redux.sync.add.u32 %r12, %r11, -1; bra.uni done;
+    odd: mov.b32 %r11, 10; bra.uni meet;
+    done: mad.wide.u32 %d20, %r2, 4, %d0; st.global.u32 [%d20], %r12;"""
+    launch(kernel(body, 1), [out])
+    assert out.tolist() == [16 + 160] * 32
 
 
 def test_elect() -> None:
