@@ -49,8 +49,13 @@ def unzip(tile, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
-    """A whole tile as UNROLL VECTOR tensors (LANES,) of float32: mask-free, 128-bit loads where rows are aligned."""
+def load_tile(pointer, at, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
+    """The tile from column ``at`` as UNROLL VECTOR tensors (LANES,) of float32: mask-free, in 128-bit loads if aligned.
+
+    ALIGN is the alignment of every row, and so of every tile, in bytes. It is said of this very addition: Triton keeps
+    the hint on the operation that makes the pointer, and forgets one on an argument or on a function's result.
+    """
+    pointer = tl.multiple_of(pointer + at, ALIGN)
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     out = ()
     for u in tl.static_range(UNROLL):
@@ -104,7 +109,9 @@ def add_exponentials(total, values, top, old, c):
 
 
 @triton.jit
-def segment_normalisers(pointer, count, c, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
+def segment_normalisers(
+    pointer, count, c, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+):
     """Maximum of a segment, and for each of the temperatures ``c`` the sum 2^(c (z - max)); float32 scalars."""
     TILE: tl.constexpr = LANES * VECTOR * UNROLL
     top = tl.full([LANES], -float("inf"), tl.float32)
@@ -113,7 +120,7 @@ def segment_normalisers(pointer, count, c, LANES: tl.constexpr, VECTOR: tl.const
         sums = sums + (tl.zeros([LANES], tl.float32),)
     whole = count // TILE * TILE
     for at in tl.range(0, whole, TILE):
-        top, sums = add_normalisers(top, sums, load_tile(pointer + at, LANES, VECTOR, UNROLL), c)
+        top, sums = add_normalisers(top, sums, load_tile(pointer, at, ALIGN, LANES, VECTOR, UNROLL), c)
     if whole < count:
         top, sums = add_normalisers(top, sums, load_tail(pointer + whole, count - whole, LANES, VECTOR, UNROLL), c)
     highest = tl.max(top, 0)

@@ -90,12 +90,11 @@ def _rows(
     b = 1.0 / tl.load(temperature + row * temperature_stride)
     c = b * LOG2E
     source = row_of(x, row, inner, outer_stride, inner_stride)
-    pointer = tl.multiple_of(source, ALIGN)
     top = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float64)
     for start in tl.range(0, vocab, SEGMENT):
         count = tl.minimum(vocab - start, SEGMENT)
-        there, sums = segment_normalisers(pointer + start, count, (c.to(tl.float32),), LANES, VECTOR, UNROLL)
+        there, sums = segment_normalisers(source + start, count, (c.to(tl.float32),), ALIGN, LANES, VECTOR, UNROLL)
         top, total = merge_normalisers(top, total, there, sums[0], c)
     top, inverse, log_s0, norm = finished(top, total, b)
     tl.store(logsumexp + row, norm)
@@ -124,8 +123,8 @@ def _segments(
     for g in tl.static_range(GROUP):
         b = 1.0 / tl.load(temperature + row * temperature_stride + tl.minimum(first_k + g, k_count - 1))
         c = c + ((b * LOG2E).to(tl.float32),)
-    pointer = tl.multiple_of(row_of(x, row, inner, outer_stride, inner_stride) + start, ALIGN)
-    top, out = segment_normalisers(pointer, tl.minimum(vocab - start, SEGMENT), c, LANES, VECTOR, UNROLL)
+    pointer = row_of(x, row, inner, outer_stride, inner_stride) + start
+    top, out = segment_normalisers(pointer, tl.minimum(vocab - start, SEGMENT), c, ALIGN, LANES, VECTOR, UNROLL)
     tl.store(tops + part, top)
     for g in tl.static_range(GROUP):
         if first_k + g < k_count:

@@ -31,14 +31,21 @@ def _add_products(total, grads, results, LOG: tl.constexpr):
 
 @triton.jit
 def _segment_product(
-    grad, result, count, LOG: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+    grad,
+    result,
+    count,
+    LOG: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     TILE: tl.constexpr = LANES * VECTOR * UNROLL
     total = tl.zeros([LANES], tl.float32)
     whole = count // TILE * TILE
     for at in tl.range(0, whole, TILE):
-        grads = load_tile(grad + at, LANES, VECTOR, UNROLL)
-        total = _add_products(total, grads, load_tile(result + at, LANES, VECTOR, UNROLL), LOG)
+        grads = load_tile(grad, at, ALIGN, LANES, VECTOR, UNROLL)
+        total = _add_products(total, grads, load_tile(result, at, ALIGN, LANES, VECTOR, UNROLL), LOG)
     if whole < count:  # beyond the row the result is -inf: masked either way
         grads = load_tail(grad + whole, count - whole, LANES, VECTOR, UNROLL)
         total = _add_products(total, grads, load_tail(result + whole, count - whole, LANES, VECTOR, UNROLL), LOG)
@@ -108,12 +115,12 @@ def _rows(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b = (1.0 / tl.load(temperature + row * temperature_stride)).to(tl.float32)
-    g = tl.multiple_of(row_of(grad, row, inner, outer_stride, inner_stride), ALIGN)
-    r = tl.multiple_of(result + row * width, ALIGN)
+    g = row_of(grad, row, inner, outer_stride, inner_stride)
+    r = result + row * width
     total = tl.full([], 0.0, tl.float64)
     for start in tl.range(0, vocab, SEGMENT):
         count = tl.minimum(vocab - start, SEGMENT)
-        total += _segment_product(g + start, r + start, count, LOG, LANES, VECTOR, UNROLL).to(tl.float64)
+        total += _segment_product(g + start, r + start, count, LOG, ALIGN, LANES, VECTOR, UNROLL).to(tl.float64)
     tl.store(totals + row, total)
     target = out + row * width
     _write_gradient(
@@ -134,10 +141,10 @@ def _segments(
     part = tl.program_id(0).to(tl.int64)
     row = part // segments
     start = (part % segments).to(tl.int32) * SEGMENT
-    g = tl.multiple_of(row_of(grad, row, inner, outer_stride, inner_stride) + start, ALIGN)
-    r = tl.multiple_of(result + row * width + start, ALIGN)
+    g = row_of(grad, row, inner, outer_stride, inner_stride) + start
+    r = result + row * width + start
     count = tl.minimum(vocab - start, SEGMENT)
-    tl.store(products + part, _segment_product(g, r, count, LOG, LANES, VECTOR, UNROLL))
+    tl.store(products + part, _segment_product(g, r, count, LOG, ALIGN, LANES, VECTOR, UNROLL))
 
 
 @triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "width", "temperature_stride",
@@ -188,14 +195,14 @@ def _temperature_segments(
     grad, inner, outer_stride, inner_stride, result, vocab, width, temperature, temperature_stride, totals,
     sums,  # float32 (N, S)
     segments,
-    LOG: tl.constexpr, ALIGN: tl.constexpr,
+    LOG: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     row = part // segments
     start = (part % segments).to(tl.int32) * SEGMENT
-    g = tl.multiple_of(row_of(grad, row, inner, outer_stride, inner_stride) + start, ALIGN)
-    r = tl.multiple_of(result + row * width + start, ALIGN)
+    g = row_of(grad, row, inner, outer_stride, inner_stride) + start
+    r = result + row * width + start
     b = (1.0 / tl.load(temperature + row * temperature_stride)).to(tl.float32)
     total = tl.load(totals + row).to(tl.float32)
     sum = tl.zeros([LANES], tl.float32)
@@ -270,6 +277,6 @@ def backward(
         sums = torch.empty(n_rows * segments, dtype=torch.float32, device=device)
         _temperature_segments[(n_rows * segments,)](
             grad, *layout[1:], result, vocab_size, width, temperature, stride, totals, sums, segments, LOG=log,
-            ALIGN=align, **cut.constants(),
+            **cut._replace(unroll=1).constants(),
         )  # fmt: skip
         _temperature[(n_rows,)](sums, segments, logsumexp, grad_temperature, num_warps=1, **launch.EXACT)

@@ -108,7 +108,7 @@ def _segments(
         if is_skipped(ids, begin, end, ignore_index):
             return
     count = tl.minimum(vocab - start, SEGMENT)
-    pointer = tl.multiple_of(row_of(x, row, inner, outer_stride, inner_stride) + start, ALIGN)
+    pointer = row_of(x, row, inner, outer_stride, inner_stride) + start
     lane = tl.arange(0, LANES)
 
     c = ()
@@ -135,7 +135,7 @@ def _segments(
 
     whole = count // TILE * TILE
     for at in tl.range(0, whole, TILE):
-        values = load_tile(pointer + at, LANES, VECTOR, UNROLL)
+        values = load_tile(pointer, at, ALIGN, LANES, VECTOR, UNROLL)
         total, square = add_spread(total, square, values, center)
         top, where, state, tally, above = _add_tile(
             values, at // VECTOR, top, where, state, tally, above, c, limits, LANES, VECTOR, UNROLL
