@@ -64,6 +64,8 @@ class LoadedModule:
         """Run one kernel. Tensors become pointers; ``known`` are tensors that integer arguments may point into."""
         options = options or Options()
         program = self.program(kernel)
+        if len(arguments) > len(program.kernel.parameters):
+            raise ValueError(f"{kernel} takes {len(program.kernel.parameters)} arguments, got {len(arguments)}")
         buffers = Buffers(uninitialised or Uninitialised(), options.strict_views)
         for position, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):

@@ -164,8 +164,6 @@ def _coordinates(linear: int, extents: Extent) -> tuple[int, int, int]:
 def parameter_block(program: Program, values: Sequence[int | float | bytes]) -> np.ndarray:
     """Kernel arguments as bytes of the parameter space; missing trailing ones are zero (Triton's scratch pointers)."""
     kernel = program.kernel
-    if len(values) > len(kernel.parameters):
-        raise ValueError(f"{kernel.name} takes {len(kernel.parameters)} arguments, got {len(values)}")
     block = np.zeros(kernel.parameter_bytes + 16, np.uint8)
     for variable, value in zip(kernel.parameters.values(), values):
         if isinstance(value, bytes):

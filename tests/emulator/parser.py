@@ -92,6 +92,7 @@ class Instruction:
     line: int
     text: str
     scope: tuple[int, ...] = ()
+    error: str = ""  # why its operands cannot be read; raised where it is reached
 
     @property
     def type(self) -> str:
@@ -148,7 +149,7 @@ class Module:
 _QUALIFIER = r"(?:\.(?:extern|visible|weak|common)\s+)*"
 _ARRAY = r"(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s+(?P<name>[\w$%.]+)\s*(?P<extent>\[[^=;]*\])?"
 _MODULE_VARIABLE = re.compile(
-    rf"^\s*{_QUALIFIER}\.(?P<space>global|const|shared)\s+{_ARRAY}\s*(?:=\s*(?P<value>[^;]*))?;", re.M
+    rf"(?:^|(?<=;))\s*{_QUALIFIER}\.(?P<space>global|const|shared)\s+{_ARRAY}\s*(?:=\s*(?P<value>[^;]*))?;", re.M
 )
 _BODY_VARIABLE = re.compile(rf"\.(?P<space>shared|local|param)\s+{_ARRAY}\s*$")
 _ENTRY = re.compile(r"\.entry\s+(?P<name>[\w$.]+)\s*\((?P<parameters>[^)]*)\)[^{;]*\{")
@@ -257,10 +258,14 @@ class _Body:
                 raise Unsupported(f"line {line}: cannot read `{text}`")
             name, *modifiers = match["opcode"].split(".")
             guard = self.operand(match["guard"].replace(" ", "")) if match["guard"] else None
-            operands = [] if name == "call" else [self.operand(part) for part in _split(match["operands"])]
             assert guard is None or isinstance(guard, (Register, Negated))
+            operands, error = [], ""
+            try:
+                operands = [] if name == "call" else [self.operand(part) for part in _split(match["operands"])]
+            except Unsupported as problem:
+                error = str(problem)
             self.kernel.instructions.append(
-                Instruction(name, tuple(modifiers), operands, guard, line, text, self.scope)
+                Instruction(name, tuple(modifiers), operands, guard, line, text, self.scope, error)
             )
 
     def declare_registers(self, text: str) -> None:

@@ -254,6 +254,8 @@ class _Compiler:
             elif operation is not None:
                 self.emit(instruction, operation)
         for index in self.block.defines:
+            if index not in self.held:
+                continue  # the result of bar.red: the executor writes it
             self.lines.append(f"R[{index}] = {next(iter(self.held[index].values()))}")
         body = "\n ".join([*self.lines, f"return {result}"])
         exec(

@@ -178,15 +178,29 @@ class _Driver:
         self.utils.pending = Path(files[f"{name}.ptx"]).read_text()
 
 
+def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
+    """Triton's hook into its pipeline: called bare for a cache key, and with the stages to change them."""
+    if stages is None:
+        return "without ptxas", "without ptxas"
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
 @contextlib.contextmanager
-def triton(sm: int = 90, **options: Any) -> Iterator[Run]:
-    """Run Triton kernels here, compiled for sm_NN, until the block ends. Options: `machine.Options`."""
-    config = triton_language.runtime.driver
-    hooks = triton_language.knobs.runtime.kernel_load_start_hook
+def triton(sm: int = 90, *, ptxas: bool = True, **options: Any) -> Iterator[Run]:
+    """Run Triton kernels here, compiled for sm_NN, until the block ends. Options: `machine.Options`.
+
+    ``ptxas=False`` leaves out the last stage, whose product is not used and which takes half of the time to compile;
+    such kernels have a cache of their own.
+    """
+    config, knobs = triton_language.runtime.driver, triton_language.knobs.runtime
+    hooks, previous_stages = knobs.kernel_load_start_hook, knobs.add_stages_inspection_hook
     previous, previous_run = config._active, getattr(_Driver, "current", None)  # .active would create a driver
     driver = _Driver(sm)
     run = Run(Options(**options))
     hooks.add(driver.remember)
+    if not ptxas:
+        knobs.add_stages_inspection_hook = _without_ptxas
     config.set_active(driver)
     _Driver.current = run
     try:
@@ -194,6 +208,7 @@ def triton(sm: int = 90, **options: Any) -> Iterator[Run]:
             yield run
     finally:
         hooks.remove(driver.remember)
+        knobs.add_stages_inspection_hook = previous_stages
         config.set_active(previous)
         if previous_run is not None:
             _Driver.current = previous_run

@@ -43,11 +43,7 @@ def to_float(value: Array, ptx_type: str, rounding: str) -> Array:
         if value.dtype == np.float64:
             value = f64_to_f32_odd(value)
         value = value.astype(np.float32)
-        if rounding == "rz":
-            return f32_to_bf16_toward_zero(value)
-        if rounding != "rn":
-            raise Unsupported(f"rounding .{rounding} to bf16")
-        return f32_to_bf16(value)
+        return f32_to_bf16_toward_zero(value) if rounding == "rz" else f32_to_bf16(value)
     dtype = DTYPES[ptx_type]
     if rounding == "rn" or dtype.itemsize >= value.dtype.itemsize:
         return value.astype(dtype)
@@ -107,6 +103,8 @@ def _scalar(instruction: Instruction, target: str, source: str) -> Callable[[Arr
     integral = _rounding(instruction, tuple(TO_INTEGRAL), "")
     rounding = _rounding(instruction, ("rn", "rz", "rm", "rp"), "rn")
     saturated, flushed = instruction.has("sat"), instruction.has("ftz")
+    if target == "bf16" and rounding not in ("rn", "rz"):
+        raise Unsupported(f"{instruction}: bf16 rounds by .rn or .rz here")
     if is_integer(target) and is_integer(source):
         return integer_to_integer(target, source, saturated)
     if is_integer(target):

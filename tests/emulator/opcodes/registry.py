@@ -49,6 +49,8 @@ def opcode(*names: str, types: Iterable[str] | None = None) -> Callable[[Handler
 
 def decode(instruction: Instruction) -> Operation | None:
     """The operation of an instruction; `Unsupported` names the opcode and the line where there is none."""
+    if instruction.error:
+        raise Unsupported(f"{instruction}: {instruction.error}")
     handler = HANDLERS.get((instruction.name, None))
     if handler is None:
         types = [modifier for modifier in instruction.modifiers if modifier in DTYPES]
@@ -57,7 +59,10 @@ def decode(instruction: Instruction) -> Operation | None:
         raise Unsupported(
             f"{instruction}: opcode `{'.'.join((instruction.name, *instruction.modifiers))}` is not implemented"
         )
-    return handler(instruction)
+    try:
+        return handler(instruction)
+    except Unsupported as error:
+        raise error if str(error).startswith("line ") else Unsupported(f"{instruction}: {error}") from None
 
 
 def simple(instruction: Instruction, function: Callable[..., Any], *types: str, result: str | None = None) -> Operation:
