@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels, in the emulator with all its checks on, against float64: as the CPU's, over fewer, shorter rows.
+"""The CUDA C++ kernels, in the emulator with all its checks on, against float64: the CPU's grid over fewer, shorter rows.
 
 An access out of bounds or out of line, a race, a read of what nobody wrote: each is an error here. Nothing here has
 been compared with a GPU.

@@ -206,7 +206,7 @@ def test_a_working_tree_gets_the_note_in_place_of_a_stale_extension(source: Path
 def test_cuda_kernels_asked_for_without_an_nvcc_are_an_error(source: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("nvidia") is not None:
         pytest.skip("packages of nvidia are installed, an nvcc perhaps among them")
-    nowhere = dict(PATH="/nonexistent", CUDA_HOME="", CUDACXX="")
+    nowhere = {"PATH": "/nonexistent", "CUDA_HOME": "", "CUDACXX": ""}
     done = build_wheel(source, FASTCALIB_CUDA="1", FASTCALIB_FORCE_EXT="1", **nowhere)
     assert done.returncode != 0
     assert "FASTCALIB_CUDA=1, but no nvcc was found" in done.stdout + done.stderr
