@@ -97,5 +97,5 @@ $(VENV)/.nvcc: | $(VENV)/.demo
 
 $(SANITIZED)/.stamp: $(SOURCES) $(shell find fastcalib triton_kernels -name '*.py') | $(VENV)/.all
 	rm -rf $(SANITIZED)
-	FASTCALIB_SANITIZE=1 FASTCALIB_FORCE_EXT=1 $(PIP_INSTALL) --no-build-isolation --no-deps --target $(SANITIZED) .
+	FASTCALIB_SANITIZE=1 FASTCALIB_FORCE_EXT=1 FASTCALIB_CUDA=0 $(PIP_INSTALL) --no-build-isolation --no-deps --target $(SANITIZED) .
 	touch $@

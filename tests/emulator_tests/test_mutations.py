@@ -260,7 +260,8 @@ def test_two_warps_may_store_one_value_but_not_two(second: int) -> None:
     ("body", "message"),
     [
         ("setp.lt.u32 %p1, %r0, 32; @%p1 bra a; bar.sync 0; bra.uni b; a: bar.sync 0; b:", "divergent barrier"),
-        ("setp.lt.u32 %p1, %r0, 16; @%p1 bra a; bar.sync 0; a: ", "only a part of a warp"),
+        ("setp.lt.u32 %p1, %r0, 16; @%p1 bra a; bar.sync 0; bra b; a: bar.sync 0; b:", "only a part of a warp"),
+        ("setp.lt.u32 %p1, %r0, 16; @%p1 bra a; bar.sync 0; a: ", "16 threads of the CTA had exited"),
         ("setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;", "32 threads of the CTA had exited"),
         ("setp.lt.u32 %p1, %r0, 32; @%p1 bra a; bar.sync 1; bra.uni b; a: bar.sync 2; b:", "deadlock at barriers"),
         (
