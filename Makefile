@@ -60,7 +60,7 @@ sanitize: $(SANITIZED)/.stamp
 	PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -m "not slow and not prove" $(KERNEL_TESTS) $(ARGS)
+	$(BIN)/pytest --capture=sys -m "not slow and not prove" $(KERNEL_TESTS) $(ARGS)
 
 # The extension with its CUDA kernels, also on a machine without a GPU.
 build-cuda: $(VENV)/.nvcc

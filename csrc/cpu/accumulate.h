@@ -118,6 +118,8 @@ template <class S> struct Scratch {
     bool moments = true;  // false: s0 alone is wanted (no entropy, variance, collision, nor the spread of the logits)
 };
 
+// Temperatures further apart than this share nothing: where their common y ends, 2^-126 (y c)^2 would not be negligible.
+constexpr double kWidest = 1e9;
 constexpr double kFarAbove = 30.0;  // a block this many powers of two above the running maximum is summed again
 
 template <class S, class T> FC_INLINE typename S::real max_of(const T* x, int64_t n) {
@@ -146,6 +148,7 @@ FASTCALIB_ONE_BODY typename S::real sum_once(const T* x, int64_t n, typename S::
             const vec z = pair[u], t = (z - m) * scale;
             top[u] = S::max(z, top[u]);
             // The clamp turns -inf into a negligible 2^-126. A NaN does not get through it where the spread tells of it.
+            // Far above max, 2^t is out of range and means nothing: the caller sums such a block again.
             if constexpr (Moments) {
                 const vec clamped = S::max(t, least);
                 wide[u].add(z);
@@ -176,7 +179,7 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
     vec scale[G];
     for (auto& l : lanes) l.clear();
     for (int g = 0; g < G; ++g) scale[g] = S::set(real(c[g]));
-    // Clamps turn -inf into a negligible 2^-126: that of y leaves it finite, those of t keep the exponent in range.
+    // The clamp turns -inf into a negligible 2^-126; where several share y, it is 2^-126 of the warmest.
     const vec m = S::set(max), least = S::set(S::lowest_exponent);
     const vec floor = S::set(real(S::lowest_exponent / *std::min_element(c, c + G)));
     int64_t i = 0;
@@ -189,7 +192,7 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
             lanes[chain].add(S::exp2(t), t);
         } else {
             const vec y = S::max(z - m, floor), y2 = y * y;
-            for (int g = 0; g < G; ++g) lanes[g].add(S::exp2(S::max(y * scale[g], least)), y, y2);
+            for (int g = 0; g < G; ++g) lanes[g].add(S::exp2_finite(y * scale[g]), y, y2);
         }
     };
     for (; i + chains * S::lanes <= n; i += chains * S::lanes)
@@ -282,6 +285,12 @@ FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* val
         sum_block<S, G, Spreads>(values, n, max, &betas.c[k], sums + k, ahead, spread);
     };
     if (count == 1) return group.template operator()<1, WithSpread>(0);
+    const auto [least, most] = std::minmax_element(betas.c.begin(), betas.c.end());
+    if (*most > kWidest * *least) {
+        group.template operator()<1, WithSpread>(0);
+        for (int64_t k = 1; k < count; ++k) group.template operator()<1, false>(k);
+        return;
+    }
     if (count < 4) {
         group.template operator()<2, WithSpread>(0);
         if (count == 3) group.template operator()<1, false>(2);

@@ -156,7 +156,9 @@ struct F32 {
         const vec n = _mm512_roundscale_ps(t, 8);
         return _mm512_scalef_ps(poly(t - n), n);
     }
-    // 2^t, exactly 0 below -126 (t may be -inf), for t <= 127. Runs under FlushDenormals.
+    // 2^t for any finite t <= 127; 2^-126 or less below -126. Runs under FlushDenormals, as does the next.
+    static FC_INLINE vec exp2_finite(vec t) { return exp2(t); }
+    // 2^t, exactly 0 below -126 (t may be -inf), for t <= 127.
     static FC_INLINE vec exp2_or_zero(vec t) { return exp2(_mm512_max_ps(t, set(-200.f))); }
     static FC_INLINE float* compress_not_less(float* out, vec v, vec bound) {
         const __mmask16 m = _mm512_cmp_ps_mask(v, bound, _CMP_GE_OQ);
@@ -275,9 +277,9 @@ struct F32 {
     static FC_INLINE count no_count() { return count{0, 0, 0, 0}; }
     static FC_INLINE count add_greater(count n, vec a, vec b) { return n - (a > b); }
     static FC_INLINE count add_not_less(count n, vec a, vec b) { return n - (a >= b); }
-    using integers = count;
-    static FC_INLINE integers as_integers(vec v) { return (count)v; }
-    static FC_INLINE vec add_exponent(vec p, integers n) { return (vec)((count)p + (n << 23)); }
+    typedef uint32_t integers __attribute__((vector_size(16)));  // they may wrap around: see sum_once
+    static FC_INLINE integers as_integers(vec v) { return (integers)v; }
+    static FC_INLINE vec add_exponent(vec p, integers n) { return (vec)((integers)p + (n << 23)); }
 #endif
 
 #if !defined(__AVX512F__)
@@ -299,6 +301,7 @@ struct F32 {
         const vec magic = set(12582912.f), r = t + magic;
         return add_exponent(poly(t - (r - magic)), as_integers(r));
     }
+    static FC_INLINE vec exp2_finite(vec t) { return exp2(max(t, set(lowest_exponent))); }
     static FC_INLINE vec exp2_or_zero(vec t) {
         const vec lowest = set(-126.f);
         return where_greater(t, lowest, exp2(max(t, lowest)));
@@ -358,6 +361,7 @@ struct F64 {
     static FC_INLINE bool any_not_less(vec a, vec b) { return a >= b; }
     static FC_INLINE vec where_greater(vec a, vec b, vec v) { return a > b ? v : 0.0; }
     static FC_INLINE vec exp2(vec t) { return ::exp2(t); }
+    static FC_INLINE vec exp2_finite(vec t) { return ::exp2(t); }
     static FC_INLINE vec exp2_or_zero(vec t) { return t > lowest_exponent ? ::exp2(t) : 0.0; }
     static FC_INLINE double* compress_not_less(double* out, vec v, vec bound) {
         *out = v;
