@@ -165,6 +165,25 @@ struct F32 {
         _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m, v));
         return out + __builtin_popcount(m);
     }
+    // Counters of 32 keys, in two copies: is any not 0?
+    static FC_INLINE bool any_of_32(const uint16_t* a, const uint16_t* b) {
+        const __m512i either = _mm512_or_si512(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+        return _mm512_test_epi64_mask(either, either) != 0;
+    }
+    // Of 16 keys from `first` on those with a count: the keys and their counts; returns how many.
+    static constexpr int key_lanes = 16;
+    static FC_INLINE int keep_counted(const uint16_t* a, const uint16_t* b, uint16_t first, uint16_t* key, float* count) {
+        const auto wide = [](const uint16_t* p) __attribute__((always_inline)) {
+            return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        };
+        const __m512i n = _mm512_add_epi32(wide(a), wide(b));
+        const __mmask16 some = _mm512_test_epi32_mask(n, n);
+        const __m512i up = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i keys = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(_mm512_set1_epi32(first), up));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(key), _mm512_cvtepi32_epi16(keys));
+        _mm512_storeu_ps(count, _mm512_maskz_compress_ps(some, _mm512_cvtepi32_ps(n)));
+        return __builtin_popcount(some);
+    }
     using count = __m512i;
     static FC_INLINE count no_count() { return _mm512_setzero_si512(); }
     static FC_INLINE count add_greater(count n, vec a, vec b) {
@@ -322,6 +341,22 @@ struct F32 {
         int64_t sum = 0;
         for (int i = 0; i < lanes; ++i) sum += value[i];
         return sum;
+    }
+#endif
+#if !defined(__AVX512F__)
+    static FC_INLINE bool any_of_32(const uint16_t* a, const uint16_t* b) {
+        uint64_t words[16], any = 0;
+        std::memcpy(words, a, 64);
+        std::memcpy(words + 8, b, 64);
+        for (const uint64_t word : words) any |= word;
+        return any != 0;
+    }
+    static constexpr int key_lanes = 1;
+    static FC_INLINE int keep_counted(const uint16_t* a, const uint16_t* b, uint16_t first, uint16_t* key, float* count) {
+        const int n = int(*a) + int(*b);
+        *key = first;
+        *count = float(n);
+        return n != 0;
     }
 #endif
     template <class T> static FC_INLINE void load_any_order(const T* p, vec& a, vec& b) {
