@@ -48,7 +48,7 @@ def hostile(dtype: torch.dtype, temperatures: tuple[float, ...]) -> tuple:
     return list(rows), logits, index, reference.statistics(logits, list(temperatures), index)
 
 
-@pytest.mark.parametrize("temperatures", [(1.0,), (0.4,), tuple(MANY)], ids=["one", "cold", "many"])
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.4,), (0.05,), tuple(MANY)], ids=["one", "cold", "colder", "many"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=cases.dtype_id)
 def test_hostile_long_rows(backend, dtype, temperatures):
     names, logits, index, want = hostile(dtype, temperatures)
