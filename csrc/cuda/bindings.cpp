@@ -49,9 +49,9 @@ int64_t statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t i
                             int64_t inner_stride, int64_t vocab, int64_t width, uintptr_t temperature,
                             int64_t temperature_rows, int64_t temperature_count, uintptr_t ids, int64_t per_row,
                             uintptr_t offsets, int64_t ignore_index, uintptr_t out_rows, uintptr_t scalars,
-                            uintptr_t saved, uintptr_t grad_rows, uintptr_t grad_scalars, uintptr_t grad_log_prob,
-                            uintptr_t out, int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride,
-                            uintptr_t workspace, int device, uintptr_t stream) {
+                            uintptr_t argmax, uintptr_t saved, uintptr_t grad_rows, uintptr_t grad_scalars,
+                            uintptr_t grad_log_prob, uintptr_t out, int64_t to_inner, int64_t to_outer_stride,
+                            int64_t to_inner_stride, uintptr_t workspace, int device, uintptr_t stream) {
     StatisticsBackwardArgs a;
     a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
     a.vocab = vocab;
@@ -60,6 +60,7 @@ int64_t statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t i
     a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
     a.rows = ptr(out_rows);
     a.scalars = ptr(scalars);
+    a.argmax = ptr<const int64_t>(argmax);
     a.saved = ptr(saved);
     a.grad_rows = ptr(grad_rows);
     a.grad_scalars = ptr(grad_scalars);

@@ -70,6 +70,7 @@ def statistics_backward(
     offsets: Tensor | None,
     rows: Tensor,
     scalars: Tensor,
+    argmax: Tensor,
     saved: Tensor,
     vocab_size: int,
     ignore_index: int,
@@ -82,7 +83,7 @@ def statistics_backward(
     in_place = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     if in_place:
         target = row_layout(torch.empty(out.shape, dtype=out.dtype, device=out.device))
-    keep = [t.contiguous() for t in (rows, scalars, saved, grad_rows, grad_scalars, grad_log_prob)]
+    keep = [t.contiguous() for t in (rows, scalars, argmax, saved, grad_rows, grad_scalars, grad_log_prob)]
     _launch(
         "cuda_statistics_backward", layout.tensor, *layout.args()[1:], vocab_size, logits.shape[-1], temperature,
         *temperature.shape, index, per_row, offsets, ignore_index, *keep, target.tensor, target.inner,

@@ -111,17 +111,17 @@ def statistics_backward(
 ) -> None:
     """Write the gradient to the logits into ``out``, which may be the logits."""
     check_dtype(logits)
+    if argmax is None:
+        raise RuntimeError("fastcalib::statistics_backward needs the argmax of forward on an accelerator")
     layout, target, temperature = row_layout(logits), row_layout(out), temperature.contiguous()
     upstream = (grad_rows.contiguous(), grad_scalars.contiguous(), grad_log_prob.contiguous())
     with on_device(logits):
         if backend == "cuda":
             _cuda.statistics_backward(
-                out, *upstream, logits, temperature, index, per_row, offsets, rows, scalars, saved, vocab_size,
-                ignore_index,
+                out, *upstream, logits, temperature, index, per_row, offsets, rows, scalars, argmax, saved,
+                vocab_size, ignore_index,
             )  # fmt: skip
             return
-        if argmax is None:
-            raise RuntimeError("fastcalib::statistics_backward needs the argmax of forward on an accelerator")
         kernels("statistics_backward").backward(
             target.tensor, rows_of(target), *upstream, layout.tensor, rows_of(layout), temperature, index, per_row,
             offsets, rows, scalars, argmax, saved, vocab_size, ignore_index,
