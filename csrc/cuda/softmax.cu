@@ -59,27 +59,32 @@ __device__ __forceinline__ void merge_segments(const SoftmaxPart* parts, int seg
     *logsumexp = undefined ? __int_as_float(0x7fc00000) : defined ? float(__fma_rn(b, double(top), log_s0)) : top;
 }
 
-template <class T, bool Log>
-__device__ __forceinline__ void write_segment(Segment<T>& segment, const RowScale& scale, T* out, int64_t start,
-                                              int64_t vocab, int64_t width) {
+// What is masked or padding is -inf, which gives exactly 0, or -inf for the logarithm. `log` is the same for all threads
+// and looked at once: one kernel serves both functions, or there would be twice as many to compile.
+template <class T> __device__ __forceinline__ void write_segment(Segment<T>& segment, const RowScale& scale, bool log,
+                                                                 T* out, int64_t start, int64_t vocab, int64_t width) {
     segment.slots = slots_before<T>(width, start);
-    if (scale.defined) {
-        // What is masked or padding is -inf, which gives exactly 0, or -inf for the logarithm.
+    if (!scale.defined) {
+        fill(segment, start, vocab, __int_as_float(0x7fc00000), log ? -infinity() : 0.0f);
+    } else if (log) {
+        segment.transform([&](int, float (&z)[kPerVector<T>]) {
+#pragma unroll
+            for (int u = 0; u < kPerVector<T>; ++u)
+                z[u] = __fmaf_rn(__fsub_rn(z[u], scale.top), scale.b, -scale.log_s0);
+        });
+    } else {
         segment.transform([&](int, float (&z)[kPerVector<T>]) {
 #pragma unroll
             for (int u = 0; u < kPerVector<T>; ++u) {
-                const float y = __fsub_rn(z[u], scale.top);
-                if constexpr (Log) z[u] = __fmaf_rn(y, scale.b, -scale.log_s0);
-                else z[u] = __fmul_rn(power_of_two(__fmul_rn(y, scale.c)), scale.inverse);
+                const float t = __fmul_rn(__fsub_rn(z[u], scale.top), scale.c);
+                z[u] = __fmul_rn(power_of_two(t), scale.inverse);
             }
         });
-    } else {
-        fill(segment, start, vocab, __int_as_float(0x7fc00000), Log ? -infinity() : 0.0f);
     }
     store_segment<true>(segment, out, start, width);
 }
 
-template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
+template <class T> __global__ void __launch_bounds__(kThreads, 2)
     softmax_rows(const SoftmaxArgs a, SoftmaxPart* all_parts, const TwoLooks plan) {
     constexpr int kUints = kSegmentBytes / 16;
     extern __shared__ uint4 kept_segments[];
@@ -107,11 +112,11 @@ template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
         const int64_t start = int64_t(s) * kSegmentLength<T>;
         if (s < first_kept) segment.load(x, start, a.vocab, true);
         else if (s < last) take_back(segment, kept_segments + (s - first_kept) * kUints);
-        write_segment<T, Log>(segment, scale, out, start, a.vocab, a.width);
+        write_segment(segment, scale, a.log, out, start, a.vocab, a.width);
     }
     for (int64_t s = segments; s < plan.written; ++s) {
         fill(segment, s * kSegmentLength<T>, a.vocab, 0.0f, -infinity());
-        write_segment<T, Log>(segment, scale, out, s * kSegmentLength<T>, a.vocab, a.width);
+        write_segment(segment, scale, a.log, out, s * kSegmentLength<T>, a.vocab, a.width);
     }
 }
 
@@ -124,7 +129,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 3)
     sum_segment(segment, float(__dmul_rn(kLog2e, inverse_temperature(a, row))), memory, parts + blockIdx.x);
 }
 
-template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 3)
+template <class T> __global__ void __launch_bounds__(kThreads, 3)
     softmax_write(const SoftmaxArgs a, const SoftmaxPart* parts, const TwoLooks plan) {
     __shared__ RowScale scale;
     const int64_t block = int64_t(gridDim.x) - 1 - blockIdx.x;
@@ -135,21 +140,20 @@ template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 3)
         merge_segments(parts + row * plan.segments, int(plan.segments), inverse_temperature(a, row), scale,
                        s == 0 ? static_cast<float*>(a.logsumexp) + row : nullptr);
     __syncthreads();
-    write_segment<T, Log>(segment, scale, static_cast<T*>(a.out) + row * a.width, start, a.vocab, a.width);
+    write_segment(segment, scale, a.log, static_cast<T*>(a.out) + row * a.width, start, a.vocab, a.width);
 }
 
-template <class T, bool Log>
-int launch(const SoftmaxArgs& args, SoftmaxPart* parts, const TwoLooks& plan, Stream stream) {
+template <class T> int launch(const SoftmaxArgs& args, SoftmaxPart* parts, const TwoLooks& plan, Stream stream) {
     const int64_t rows = args.logits.rows;
     if (!plan.split) {
-        const auto kernel = softmax_rows<T, Log>;
+        const auto kernel = softmax_rows<T>;
         if (const int error = allow_shared(kernel, plan.shared_bytes)) return error;
         kernel<<<unsigned(rows), kThreads, plan.shared_bytes, stream>>>(args, parts, plan);
         return int(cudaGetLastError());
     }
     softmax_segments<T><<<unsigned(rows * plan.segments), kThreads, 0, stream>>>(args, parts, plan);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return int(error);
-    softmax_write<T, Log><<<unsigned(rows * plan.written), kThreads, 0, stream>>>(args, parts, plan);
+    softmax_write<T><<<unsigned(rows * plan.written), kThreads, 0, stream>>>(args, parts, plan);
     return int(cudaGetLastError());
 }
 
@@ -166,10 +170,8 @@ int launch_softmax(const SoftmaxArgs& args, void* workspace, Stream stream) {
     const TwoLooks plan = plan_two_looks(args, 1);
     if (args.logits.rows > kMostBlocks / (plan.split ? plan.written : 1)) return int(cudaErrorInvalidConfiguration);
     SoftmaxPart* parts = Carver(workspace).take<SoftmaxPart>(args.logits.rows * plan.segments);
-    return with_storage(args.logits.dtype, [&](auto storage) {
-        using T = decltype(storage);
-        return args.log ? launch<T, true>(args, parts, plan, stream) : launch<T, false>(args, parts, plan, stream);
-    });
+    return with_storage(args.logits.dtype,
+                        [&](auto storage) { return launch<decltype(storage)>(args, parts, plan, stream); });
 }
 
 }  // namespace fastcalib::cuda

@@ -95,22 +95,32 @@ __device__ __forceinline__ double sum_temperature(const Pair<T>& pair, const Row
     return double(sums[0]) + double(sums[1]);
 }
 
-template <bool Log, class T>
-__device__ __forceinline__ void write_segment(Pair<T>& pair, const RowGradient& row, T* out, int64_t start,
-                                              int64_t vocab, int64_t width) {
-    pair.grad.slots = slots_before<T>(width, start);
-    if (row.defined()) {
-        pair.grad.transform([&](int j, float (&g)[kPerVector<T>]) {
-            float r[kPerVector<T>];
-            widen<T>(pair.result.vectors[j], r);
+template <bool Log, class T> __device__ __forceinline__ void differentiate(Pair<T>& pair, const RowGradient& row) {
+    pair.grad.transform([&](int j, float (&g)[kPerVector<T>]) {
+        float r[kPerVector<T>];
+        widen<T>(pair.result.vectors[j], r);
 #pragma unroll
-            for (int u = 0; u < kPerVector<T>; ++u)
-                g[u] = takes_part<Log>(r[u]) ? gradient_of<Log>(g[u], r[u], row) : 0.0f;
-        });
-    } else {
-        fill(pair.grad, start, vocab, row.instead(), 0.0f);
-    }
-    store_segment<true>(pair.grad, out, start, width);
+        for (int u = 0; u < kPerVector<T>; ++u)
+            g[u] = takes_part<Log>(r[u]) ? gradient_of<Log>(g[u], r[u], row) : 0.0f;
+    });
+}
+
+// `a.log` is the same for all threads and looked at once for a segment: one kernel serves both functions, or there
+// would be twice as many to compile.
+template <class T> __device__ __forceinline__ double sum_products(const SoftmaxArgs& a, const Pair<T>& pair) {
+    return a.log ? sum_products<true>(pair) : sum_products<false>(pair);
+}
+template <class T> __device__ __forceinline__ double sum_temperature(const SoftmaxArgs& a, const Pair<T>& pair,
+                                                                     const RowGradient& row) {
+    return a.log ? sum_temperature<true>(pair, row) : sum_temperature<false>(pair, row);
+}
+template <class T> __device__ __forceinline__ void write_segment(const SoftmaxArgs& a, Pair<T>& pair,
+                                                                 const RowGradient& known, int64_t row, int64_t start) {
+    pair.grad.slots = slots_before<T>(a.width, start);
+    if (!known.defined()) fill(pair.grad, start, a.vocab, known.instead(), 0.0f);
+    else if (a.log) differentiate<true>(pair, known);
+    else differentiate<false>(pair, known);
+    store_segment<true>(pair.grad, static_cast<T*>(a.out) + row * a.width, start, a.width);
 }
 
 struct Parts {
@@ -132,7 +142,7 @@ __device__ __forceinline__ void finish_temperature(const SoftmaxArgs& a, int64_t
     if (lane_index() == 0) a.grad_temperature[row] = known.defined() ? sum : double(known.instead());
 }
 
-template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
+template <class T> __global__ void __launch_bounds__(kThreads, 2)
     softmax_gradient_rows(const SoftmaxArgs a, const Parts all, const TwoLooks plan) {
     constexpr int kUints = kSegmentBytes / 16;
     extern __shared__ uint4 kept_pairs[];
@@ -141,9 +151,6 @@ template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
     const int64_t row = blockIdx.x;
     const int segments = int(plan.segments), last = segments - 1, first_kept = last - plan.kept;
     const Source<T> source(a, row);
-    const auto write = [&](Pair<T>& p, int64_t start) {
-        write_segment<Log>(p, known, static_cast<T*>(a.out) + row * a.width, start, a.vocab, a.width);
-    };
 
     Pair<T> pair;
     for (int s = 0; s < segments; ++s) {
@@ -152,7 +159,7 @@ template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
             keep(pair.grad, kept_pairs + 2 * (s - first_kept) * kUints);
             keep(pair.result, kept_pairs + (2 * (s - first_kept) + 1) * kUints);
         }
-        const double sum = block_sum(sum_products<Log>(pair), memory, s);
+        const double sum = block_sum(sum_products(a, pair), memory, s);
         if (threadIdx.x == 0) all.products[row * segments + s] = sum;
     }
     __syncthreads();
@@ -167,31 +174,31 @@ template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
             take_back(pair.result, kept_pairs + (2 * (s - first_kept) + 1) * kUints);
         }
         if (a.grad_temperature) {
-            const double sum = block_sum(sum_temperature<Log>(pair, known), memory, s);
+            const double sum = block_sum(sum_temperature(a, pair, known), memory, s);
             if (threadIdx.x == 0) all.temperatures[row * segments + s] = sum;
         }
-        write(pair, start);
+        write_segment(a, pair, known, row, start);
     }
     for (int64_t s = segments; s < plan.written; ++s) {
         fill(pair.result, s * kSegmentLength<T>, a.vocab, 0.0f, -infinity());
-        write(pair, s * kSegmentLength<T>);
+        write_segment(a, pair, known, row, s * kSegmentLength<T>);
     }
     if (!a.grad_temperature) return;
     __syncthreads();
     if (warp_index() == 0) finish_temperature(a, row, all.temperatures + row * segments, segments);
 }
 
-template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
+template <class T> __global__ void __launch_bounds__(kThreads, 2)
     softmax_gradient_segments(const SoftmaxArgs a, double* products, const TwoLooks plan) {
     __shared__ BlockSums memory;
     const int64_t row = blockIdx.x / plan.segments, s = blockIdx.x % plan.segments;
     Pair<T> pair;
     Source<T>(a, row).load(pair, s * kSegmentLength<T>, a.vocab, false);
-    const double sum = block_sum(sum_products<Log>(pair), memory, 0);
+    const double sum = block_sum(sum_products(a, pair), memory, 0);
     if (threadIdx.x == 0) products[blockIdx.x] = sum;
 }
 
-template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
+template <class T> __global__ void __launch_bounds__(kThreads, 2)
     softmax_gradient_write(const SoftmaxArgs a, const Parts all, const TwoLooks plan) {
     __shared__ BlockSums memory;
     __shared__ RowGradient known;
@@ -203,10 +210,10 @@ template <class T, bool Log> __global__ void __launch_bounds__(kThreads, 2)
         merge_products(a, row, all.products + row * plan.segments, int(plan.segments), known);
     __syncthreads();
     if (a.grad_temperature && s < plan.segments) {
-        const double sum = block_sum(sum_temperature<Log>(pair, known), memory, 0);
+        const double sum = block_sum(sum_temperature(a, pair, known), memory, 0);
         if (threadIdx.x == 0) all.temperatures[row * plan.segments + s] = sum;
     }
-    write_segment<Log>(pair, known, static_cast<T*>(a.out) + row * a.width, start, a.vocab, a.width);
+    write_segment(a, pair, known, row, start);
 }
 
 __global__ void __launch_bounds__(kThreads) finish_temperatures(const SoftmaxArgs a, const Parts all, int segments) {
@@ -214,19 +221,18 @@ __global__ void __launch_bounds__(kThreads) finish_temperatures(const SoftmaxArg
     if (row < a.logits.rows) finish_temperature(a, row, all.temperatures + row * segments, segments);
 }
 
-template <class T, bool Log>
-int launch(const SoftmaxArgs& args, const Parts& parts, const TwoLooks& plan, Stream stream) {
+template <class T> int launch(const SoftmaxArgs& args, const Parts& parts, const TwoLooks& plan, Stream stream) {
     const int64_t rows = args.logits.rows;
     if (!plan.split) {
-        const auto kernel = softmax_gradient_rows<T, Log>;
+        const auto kernel = softmax_gradient_rows<T>;
         if (const int error = allow_shared(kernel, plan.shared_bytes)) return error;
         kernel<<<unsigned(rows), kThreads, plan.shared_bytes, stream>>>(args, parts, plan);
         return int(cudaGetLastError());
     }
     const unsigned blocks = unsigned(rows * plan.segments);
-    softmax_gradient_segments<T, Log><<<blocks, kThreads, 0, stream>>>(args, parts.products, plan);
+    softmax_gradient_segments<T><<<blocks, kThreads, 0, stream>>>(args, parts.products, plan);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return int(error);
-    softmax_gradient_write<T, Log><<<unsigned(rows * plan.written), kThreads, 0, stream>>>(args, parts, plan);
+    softmax_gradient_write<T><<<unsigned(rows * plan.written), kThreads, 0, stream>>>(args, parts, plan);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return int(error);
     if (!args.grad_temperature) return 0;
     finish_temperatures<<<unsigned(divide_up(rows, kWarps)), kThreads, 0, stream>>>(args, parts, int(plan.segments));
@@ -253,10 +259,8 @@ int launch_softmax_backward(const SoftmaxArgs& args, void* workspace, Stream str
     if (args.logits.rows > kMostBlocks / (plan.split ? plan.written : 1)) return int(cudaErrorInvalidConfiguration);
     Parts parts;
     carve(parts, workspace, args, plan);
-    return with_storage(args.logits.dtype, [&](auto storage) {
-        using T = decltype(storage);
-        return args.log ? launch<T, true>(args, parts, plan, stream) : launch<T, false>(args, parts, plan, stream);
-    });
+    return with_storage(args.logits.dtype,
+                        [&](auto storage) { return launch<decltype(storage)>(args, parts, plan, stream); });
 }
 
 }  // namespace fastcalib::cuda
