@@ -59,8 +59,8 @@ __device__ __forceinline__ void merge_segments(const SoftmaxPart* parts, int seg
     *logsumexp = undefined ? __int_as_float(0x7fc00000) : defined ? float(__fma_rn(b, double(top), log_s0)) : top;
 }
 
-// What is masked or padding is -inf, which gives exactly 0, or -inf for the logarithm. `log` is the same for all threads
-// and looked at once: one kernel serves both functions, or there would be twice as many to compile.
+// What is masked or padding is -inf, which gives exactly 0, or -inf for the logarithm. `log` is the same for all
+// threads and looked at once: one kernel serves both functions, or there would be twice as many to compile.
 template <class T> __device__ __forceinline__ void write_segment(Segment<T>& segment, const RowScale& scale, bool log,
                                                                  T* out, int64_t start, int64_t vocab, int64_t width) {
     segment.slots = slots_before<T>(width, start);
@@ -105,8 +105,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
         sum_segment(segment, c, memory, parts + s);
     }
     __syncthreads();
-    if (warp_index() == 0)
-        merge_segments(parts, segments, b, scale, static_cast<float*>(a.logsumexp) + row);
+    if (warp_index() == 0) merge_segments(parts, segments, b, scale, static_cast<float*>(a.logsumexp) + row);
     __syncthreads();
     for (int s = last; s >= 0; --s) {
         const int64_t start = int64_t(s) * kSegmentLength<T>;

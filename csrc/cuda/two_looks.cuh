@@ -3,9 +3,9 @@
 // Where the second look finds a row:
 //   - its last segment, still in the registers of the block;
 //   - the segments before it, as many as fit, in shared memory, each vector where the thread that read it left it;
-//   - what remains, in the L2 cache, if that holds the remainders of all rows in flight. Whatever will not be looked for
-//     there again (the segments above, every second look, all that is written) passes through it marked as the first to
-//     give way, so the remainders alone compete for it.
+//   - what remains, in the L2 cache, if that holds the remainders of all rows in flight. Whatever will not be looked
+//     for there again (the segments above, every second look, all that is written) passes through it marked as the
+//     first to give way, so the remainders alone compete for it.
 // So a block takes a whole row, and two blocks share a multiprocessor (one reads while the other computes) unless the
 // remainders would then not fit, and one would keep more. On an H100 (227 KiB of shared memory, 50 MiB of L2), forward,
 // bfloat16: up to 65,536 logits a row never leave the multiprocessor and are read once; 128,256 leave 4 of 8 segments
@@ -13,7 +13,7 @@
 // leaves 33 MiB for 132 rows. Backward holds two numbers a column, the gradient and the result of forward: half as far.
 //
 // With fewer rows than multiprocessors each segment gets a block of its own, twice: one launch sums, the next merges
-// and writes. That is at most 131 rows, 33 MiB at 128,256 bfloat16 logits; the second launch begins with what was read
+// and writes. That is at most 131 rows, 32 MiB at 128,256 bfloat16 logits; the second launch begins with what was read
 // last, so that of larger inputs, too, what is still in the cache is used before it gives way.
 //
 // Both ways sum the same segments and merge them in the same order: neither the number of rows nor the device changes a
