@@ -76,12 +76,13 @@ def _one(target: str, dtypes: tuple[str, ...], vocabularies: tuple[int, ...]) ->
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         raise RuntimeError(f"{target}: {done.stderr[-2000:]}")
-    return [_from_json(entry) for entry in json.loads(lines[-1].removeprefix(MARK))]
+    return [from_json(entry) for entry in json.loads(lines[-1].removeprefix(MARK))]
 
 
-def _from_json(entry: dict[str, Any]) -> Kernel:
-    loop = entry.pop("loop")
-    return Kernel(**entry, loop=loop and Counts(**loop))
+def from_json(entry: dict[str, Any]) -> Kernel:
+    """A kernel as ``--json`` prints it."""
+    loop = entry["loop"]
+    return Kernel(**{**entry, "loop": loop and Counts(**loop)})
 
 
 def markdown(kernels: list[Kernel]) -> str:

@@ -98,8 +98,12 @@ def _want_any_gradient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(total, z)[0]
 
 
-def _ranks(m: int, masses: bool) -> tuple[Run, counting.Reference]:
+def _ranks(m: int, masses: bool, likely: bool = False) -> tuple[Run, counting.Reference]:
+    """Of random tokens, or of every fourth of the likely ones, as sets of valid tokens are."""
+
     def ids(x: torch.Tensor) -> torch.Tensor:
+        if likely:
+            return x.float().topk(4 * m, dim=1).indices[:, ::4].contiguous()
         generator = torch.Generator().manual_seed(m)
         return torch.stack([torch.randperm(x.shape[1], generator=generator)[:m] for _ in x])
 
@@ -127,6 +131,7 @@ def tasks() -> list[Task]:
     out += [Task(f"statistics, K={k}", *_statistics(k), alone=True) for k in TEMPERATURES]
     out.append(Task("gradient of statistics, K=1", _any_gradient, _want_any_gradient, alone=True))
     out += [Task(f"ranks, M={m}", *_ranks(m, False), alone=True) for m in COLUMNS]
+    out.append(Task("ranks, M=256 likely", *_ranks(256, False, likely=True), alone=True))
     out.append(Task("ranks and masses, M=256", *_ranks(256, True), alone=True))
     return out
 
