@@ -216,7 +216,8 @@ def _alone(alone: Sequence[Row | Failure]) -> str:
 
 The same counts in bfloat16. Thresholds are the logits of random tokens, the worst case for ranks: nearly every logit
 exceeds the lowest of them and must be placed. "Likely" takes every fourth of the 1,024 highest, as sets of valid tokens
-rather are: logits below the lowest cost one comparison. With M = 4,096 the thresholds, their order and their results
+rather are: in CUDA C++ a logit below the lowest then costs a comparison and no more; Triton's program places a whole
+tile of logits where one of them passes, and gains nothing. With M = 4,096 the thresholds, their order and their results
 are a good part of the bytes."""
     ]
     for vocab in sorted({result.vocab for result in alone}, reverse=True):
