@@ -34,6 +34,7 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("float32", "bfloat16", "float16")
 # Rows that are aligned to 16 bytes, and rows that are not.
 VOCABULARIES = (128_256, 50_257)
+OPERATIONS = ("statistics", "ranks", "softmax")
 MARK = "AOT-RESULT "
 PARALLEL = 2  # targets compiled at a time
 
@@ -59,19 +60,24 @@ class Kernel:
 
 
 def table(
-    targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES, vocabularies: tuple[int, ...] = VOCABULARIES
+    targets: tuple[str, ...] = TARGETS,
+    dtypes: tuple[str, ...] = DTYPES,
+    vocabularies: tuple[int, ...] = VOCABULARIES,
+    operations: tuple[str, ...] = OPERATIONS,
 ) -> list[Kernel]:
     """Compile for each target and collect; raises with the compiler's words where one does not compile."""
     out = []
     with ThreadPoolExecutor(PARALLEL) as pool:
-        for kernels in pool.map(lambda target: _one(target, dtypes, vocabularies), targets):
+        for kernels in pool.map(lambda target: _one(target, dtypes, vocabularies, operations), targets):
             out += kernels
     return out
 
 
-def _one(target: str, dtypes: tuple[str, ...], vocabularies: tuple[int, ...]) -> list[Kernel]:
+def _one(
+    target: str, dtypes: tuple[str, ...], vocabularies: tuple[int, ...], operations: tuple[str, ...]
+) -> list[Kernel]:
     command = [sys.executable, __file__, "--one", target, "--dtypes", *dtypes, "--vocabularies",
-               *map(str, vocabularies)]  # fmt: skip
+               *map(str, vocabularies), "--operations", *operations]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
@@ -124,7 +130,7 @@ class _Driver:
         return torch.device("cpu")
 
 
-def _compile(target: str, dtypes: list[str], vocabularies: list[int]) -> list[Kernel]:
+def _compile(target: str, dtypes: list[str], vocabularies: list[int], operations: list[str]) -> list[Kernel]:
     """Call the host functions with every launch turned into a compilation."""
     import torch
     import triton
@@ -156,14 +162,14 @@ def _compile(target: str, dtypes: list[str], vocabularies: list[int]) -> list[Ke
         for dtype in dtypes:
             for vocab in vocabularies:
                 compiled.clear()
-                _call_everything(torch.zeros(2, vocab, dtype=getattr(torch, dtype)), label)
+                _call_everything(torch.zeros(2, vocab, dtype=getattr(torch, dtype)), label, operations)
                 out += [_measure(name, kernel, target, dtype, vocab) for name, kernel in compiled.items()]
     finally:
         JITFunction.run = run
     return out
 
 
-def _call_everything(logits: Any, label: Callable[[str], None]) -> None:
+def _call_everything(logits: Any, label: Callable[[str], None], operations: list[str]) -> None:
     """The launches of every operation: one selected token and many, split rows and whole ones; at one temperature."""
     import torch
 
@@ -175,22 +181,23 @@ def _call_everything(logits: Any, label: Callable[[str], None]) -> None:
     n, v = logits.shape
     one = torch.ones(1, 1, dtype=torch.float64)
     index = torch.zeros(n, dtype=torch.int64)
-    for ranks in (True, False):
-        label(" with ranks" if ranks else "")
-        packed = _allocate(logits, one, index, ranks)
-        _gpu.statistics_forward(packed, logits, one, index, 1, None, v, -100, ranks, "triton")
-    rows, scalars, log_prob, argmax, *_, saved = packed
-    _gpu.statistics_backward(
-        torch.empty_like(logits), rows, scalars, log_prob, logits, one, index, 1, None, rows, scalars, argmax, saved, v,
-        -100, "triton",
-    )  # fmt: skip
-    for temperature, many in ((one, 40), (None, 2)):
+    if "statistics" in operations:
+        for ranks in (True, False) if "ranks" in operations else (False,):
+            label(" with ranks" if ranks else "")
+            packed = _allocate(logits, one, index, ranks)
+            _gpu.statistics_forward(packed, logits, one, index, 1, None, v, -100, ranks, "triton")
+        rows, scalars, log_prob, argmax, *_, saved = packed
+        _gpu.statistics_backward(
+            torch.empty_like(logits), rows, scalars, log_prob, logits, one, index, 1, None, rows, scalars, argmax,
+            saved, v, -100, "triton",
+        )  # fmt: skip
+    for temperature, many in ((one, 40), (None, 2)) if "ranks" in operations else ():
         ids = torch.zeros(n * many, dtype=torch.int64)
         counts = (torch.empty(n * many, dtype=torch.int64), torch.empty(n * many, dtype=torch.int64))
         mass = torch.empty(n * many, 1 if temperature is not None else 0)
         _gpu.ranks((*counts, mass), logits, ids, None, many, None, temperature, v, -100, "triton")
     out, norm = torch.empty_like(logits), _allocate_logsumexp(logits)
-    for launch.processors_override in (1, 1_000):
+    for launch.processors_override in (1, 1_000) if "softmax" in operations else ():
         _gpu.softmax_forward(out, norm, logits, one, v, False, "triton")
         _gpu.softmax_backward(
             torch.empty_like(logits), torch.empty(n, dtype=torch.float64), logits, out, norm, one, v, False, "triton"
@@ -270,14 +277,17 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES)
     parser.add_argument("--vocabularies", nargs="+", type=int, default=VOCABULARIES)
+    parser.add_argument("--operations", nargs="+", default=OPERATIONS)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        found = _compile(arguments.one, list(arguments.dtypes), list(arguments.vocabularies))
+        found = _compile(arguments.one, arguments.dtypes, arguments.vocabularies, arguments.operations)
         print(MARK + json.dumps(list(_entries(found))))
         return
-    kernels = table(tuple(arguments.targets), tuple(arguments.dtypes), tuple(arguments.vocabularies))
+    kernels = table(
+        tuple(arguments.targets), tuple(arguments.dtypes), tuple(arguments.vocabularies), tuple(arguments.operations)
+    )
     print(json.dumps(list(_entries(kernels)), indent=1) if arguments.json else markdown(kernels))
 
 
