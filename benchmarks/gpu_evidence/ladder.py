@@ -61,7 +61,7 @@ def missing() -> list[str]:
     return out
 
 
-Outcomes = dict[tuple[str, str], list[str]]  # (module, "test_x[sm90-...]") -> passed, failed or skipped
+Outcomes = dict[tuple[str, str], str]  # (module, "test_x[sm90-...]") -> passed, failed or skipped
 
 
 def run(everything: bool) -> Outcomes:
@@ -76,14 +76,14 @@ def run(everything: bool) -> Outcomes:
 
 
 def read(paths: list[Path]) -> Outcomes:
-    """The outcomes in junit files, as ``pytest --junitxml`` writes them."""
+    """The outcomes in junit files, as ``pytest --junitxml`` writes them; of a test in several files, the last."""
     out: Outcomes = {}
     for path in paths:
         for case in ElementTree.parse(path).iter("testcase"):
             module = case.get("classname", "").rpartition(".")[2]
             kinds = {child.tag for child in case}
             outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-            out.setdefault((module, case.get("name", "")), []).append(outcome)
+            out[module, case.get("name", "")] = outcome
     return out
 
 
@@ -92,9 +92,8 @@ def emulated(kernel: Kernel, sm: int, outcomes: Outcomes) -> str:
     marks = (f"sm{sm}", f"sm_{sm}")
     found = [
         outcome
-        for (module, name), several in outcomes.items()
+        for (module, name), outcome in outcomes.items()
         if module == kernel.module and name.partition("[")[0] in kernel.emulated and any(m in name for m in marks)
-        for outcome in several
     ]
     return _cell(found)
 
@@ -104,8 +103,8 @@ def interpreted(kernel: Kernel, outcomes: Outcomes) -> str:
     if not kernel.interpreted:
         return "does not apply"
     found = [
-        o for (module, name), several in outcomes.items()
-        if module == INTERPRETED and name.startswith("test_in_a_process_of_its_own") for o in several
+        outcome for (module, name), outcome in outcomes.items()
+        if module == INTERPRETED and name.startswith("test_in_a_process_of_its_own")
     ]  # fmt: skip
     return _cell(found).replace("1 passed", "passed") if found else "not run for this page"
 

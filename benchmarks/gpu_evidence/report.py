@@ -90,7 +90,7 @@ def main() -> int:
     unexplained = [loss for loss in losses if loss.reason is None]
     for loss in unexplained:
         print(f"MORE BYTES than {loss.peer.who} ({loss.measure}): {loss.ours}", file=sys.stderr)
-    failed = [name for name, several in outcomes.items() if "failed" in several]
+    failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
     for name in failed:
         print(f"FAILED: {name}", file=sys.stderr)
     return 1 if unexplained or failed else 0
