@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON, CUDA, INTERPRETED = "test_triton_emulated", "test_cuda_emulated", "test_triton_interpret"
+CUDA_SOFTMAX = "test_cuda_softmax_emulated"
 _STATISTICS = ("test_statistics", "test_hostile_rows", "test_bad_ids_read_nothing", "test_exponentials_per_element")
 _BITS = "test_a_row_has_the_same_bits_alone_in_company_and_at_any_alignment"
 _TRAFFIC = "test_statistics_reads_each_logit_once_and_its_gradient_reads_and_writes_once"
@@ -28,7 +29,7 @@ class Kernel:
 
     name: str
     module: str
-    emulated: tuple[str, ...]
+    emulated: tuple[str, ...]  # none named: all of the module
     interpreted: tuple[str, ...] = ()
 
 
@@ -48,6 +49,8 @@ KERNELS = (
     Kernel("CUDA ranks", CUDA, ("test_ranks", "test_ragged_sets", "test_large_sets", "test_traffic",
            "test_thresholds_that_are_no_logits", "test_denormals_and_signed_zeros_are_told_apart")),
 )  # fmt: skip
+if (ROOT / "tests" / f"{CUDA_SOFTMAX}.py").exists():
+    KERNELS += (Kernel("CUDA softmax, forward and backward", CUDA_SOFTMAX, ()),)
 
 
 def missing() -> list[str]:
@@ -68,7 +71,7 @@ def run(everything: bool) -> Outcomes:
     """Run the tests; ``everything`` adds those that are marked prove, which take most of an hour."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
-        files = [f"tests/{module}.py" for module in (TRITON, CUDA, INTERPRETED)]
+        files = [f"tests/{module}.py" for module in dict.fromkeys([*(k.module for k in KERNELS), INTERPRETED])]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={path}", *files]
         command += ["-m", "prove or not prove"] if everything else []
         subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
@@ -93,7 +96,9 @@ def emulated(kernel: Kernel, sm: int, outcomes: Outcomes) -> str:
     found = [
         outcome
         for (module, name), outcome in outcomes.items()
-        if module == kernel.module and name.partition("[")[0] in kernel.emulated and any(m in name for m in marks)
+        if module == kernel.module
+        and (not kernel.emulated or name.partition("[")[0] in kernel.emulated)
+        and any(mark in name for mark in marks)
     ]
     return _cell(found)
 

@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED_LOGITS = 8192 * 151_936
 JOBS = ("loss", "loss and gradient", "gradient", "softmax", "softmax gradient")
 
+SEPARATE = (
+    "FILE: what `aot.py --json` printed, and junit files of the ladder's tests, from runs beforehand on the same "
+    "kernels; without\nthem the script compiles and tests by itself. "
+)
 SANITIZER = """\
 ## Rung 3: triton-viz
 
@@ -59,6 +63,7 @@ LIMITS = """\
 
 def page(
     *,
+    given: str,
     versions: dict[str, str | None],
     rows: int,
     theirs: Sequence[Row | Failure],
@@ -71,7 +76,7 @@ def page(
     losses: Sequence[Loss],
 ) -> str:
     sections = [
-        _head(versions),
+        _head(given, versions),
         _ladder(outcomes, bool(triton), bool(cuda)),
         _side_by_side(versions, rows, theirs, same),
         _losses(losses, any(isinstance(result, Row) for result in theirs)),
@@ -85,7 +90,7 @@ def page(
     return "\n".join(section.rstrip() + "\n" for section in sections)
 
 
-def _head(versions: dict[str, str | None]) -> str:
+def _head(given: str, versions: dict[str, str | None]) -> str:
     peers = ", ".join(f"{name} {version or '(not installed)'}" for name, version in versions.items())
     return f"""\
 # The GPU kernels, without a GPU: evidence
@@ -95,11 +100,11 @@ machine code that compilers made and nobody ran, and a prediction. This page is 
 
     pip install --no-deps --target DIR liger-kernel==0.8.5 fla-core==0.6.0 einops==0.8.2 unsloth==2026.10.9
     make build-cuda
-    .venv/bin/python benchmarks/gpu_evidence/report.py --packages DIR
+    .venv/bin/python benchmarks/gpu_evidence/report.py --packages DIR{given}
 
-Made with torch {torch.__version__}, triton {triton_package.__version__}, Python {platform.python_version()}
+{SEPARATE if given else ""}Made with torch {torch.__version__}, triton {triton_package.__version__}, Python {platform.python_version()}
 on {_machine()}. Peers: {peers}, kept outside of the project's environment.
-"""
+"""  # noqa: E501
 
 
 def _machine() -> str:
@@ -167,10 +172,10 @@ def _side_by_side(
 
 {rows} rows of logits in the emulator at sm_90, as one launch of many rows would treat each. Bytes are multiples of the
 logits' own size: "asked for" counts a second look at a row again, "from memory" counts each byte once a launch, as if a
-cache served the rest. ex2 and PTX instructions are for each logit; the error is the largest against float64. Our loss
+cache served the rest. "128-bit loads" is the share of bytes asked for of the logits that came in them. ex2 and PTX instructions are for each logit; the error is the largest against float64. Our loss
 computes every field of `TokenStatistics` on the way (entropy, confidence, moments, argmax), theirs the loss: that is
 where our instructions go. Triton does not load unaligned rows (V = 50,257) in 128 bits where they are summed; the CUDA
-kernels do."""
+kernels do."""  # noqa: E501
     ]
     absent = [[name, "", "not installed", *[""] * 6] for name, version in versions.items() if version is None]
     for vocab in sorted({result.vocab for result in same}, reverse=True):

@@ -81,8 +81,10 @@ def main() -> int:
     outcomes = ladder.read(options.results) if options.results else ladder.run(options.everything)
     losses = compare.losses(rows_of(same), rows_of(theirs))
 
+    given = " --everything" if options.everything else ""
+    given += (" --aot FILE" if options.aot else "") + (" --results FILE ..." if options.results else "")
     page = pages.page(
-        versions=versions, rows=options.rows, theirs=theirs, same=same, alone=alone, published=rows_of(published),
+        given=given, versions=versions, rows=options.rows, theirs=theirs, same=same, alone=alone, published=rows_of(published),
         triton=triton, cuda=cuda, outcomes=outcomes, losses=losses,
     )  # fmt: skip
     options.output.write_text(page)
