@@ -84,8 +84,8 @@ def main() -> int:
     given = " --everything" if options.everything else ""
     given += (" --aot FILE" if options.aot else "") + (" --results FILE ..." if options.results else "")
     page = pages.page(
-        given=given, versions=versions, rows=options.rows, theirs=theirs, same=same, alone=alone, published=rows_of(published),
-        triton=triton, cuda=cuda, outcomes=outcomes, losses=losses,
+        given=given, versions=versions, rows=options.rows, theirs=theirs, same=same, alone=alone,
+        published=rows_of(published), triton=triton, cuda=cuda, outcomes=outcomes, losses=losses,
     )  # fmt: skip
     options.output.write_text(page)
     print(f"wrote {options.output}")
