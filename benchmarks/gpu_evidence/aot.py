@@ -18,15 +18,25 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # called by path, one process for each target
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_evidence import sass
+from gpu_evidence.sass import Counts
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("float32", "bfloat16", "float16")
 # Rows that are aligned to 16 bytes, and rows that are not.
 VOCABULARIES = (128_256, 50_257)
+OPERATIONS = ("statistics", "ranks", "softmax")
 MARK = "AOT-RESULT "
+PARALLEL = 2  # targets compiled at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +56,39 @@ class Kernel:
     ex2: int
     barriers: int
     instructions: int
+    loop: Counts | None  # one iteration of the main loop
 
 
 def table(
-    targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES, vocabularies: tuple[int, ...] = VOCABULARIES
+    targets: tuple[str, ...] = TARGETS,
+    dtypes: tuple[str, ...] = DTYPES,
+    vocabularies: tuple[int, ...] = VOCABULARIES,
+    operations: tuple[str, ...] = OPERATIONS,
 ) -> list[Kernel]:
     """Compile for each target and collect; raises with the compiler's words where one does not compile."""
     out = []
-    for target in targets:
-        command = [sys.executable, __file__, "--one", target, "--dtypes", *dtypes, "--vocabularies",
-                   *map(str, vocabularies)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        if done.returncode or not lines:
-            raise RuntimeError(f"{target}: {done.stderr[-2000:]}")
-        out += [Kernel(**entry) for entry in json.loads(lines[-1].removeprefix(MARK))]
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for kernels in pool.map(lambda target: _one(target, dtypes, vocabularies, operations), targets):
+            out += kernels
     return out
+
+
+def _one(
+    target: str, dtypes: tuple[str, ...], vocabularies: tuple[int, ...], operations: tuple[str, ...]
+) -> list[Kernel]:
+    command = [sys.executable, __file__, "--one", target, "--dtypes", *dtypes, "--vocabularies",
+               *map(str, vocabularies), "--operations", *operations]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{target}: {done.stderr[-2000:]}")
+    return [from_json(entry) for entry in json.loads(lines[-1].removeprefix(MARK))]
+
+
+def from_json(entry: dict[str, Any]) -> Kernel:
+    """A kernel as ``--json`` prints it."""
+    loop = entry["loop"]
+    return Kernel(**{**entry, "loop": loop and Counts(**loop)})
 
 
 def markdown(kernels: list[Kernel]) -> str:
@@ -103,7 +130,7 @@ class _Driver:
         return torch.device("cpu")
 
 
-def _compile(target: str, dtypes: list[str], vocabularies: list[int]) -> list[Kernel]:
+def _compile(target: str, dtypes: list[str], vocabularies: list[int], operations: list[str]) -> list[Kernel]:
     """Call the host functions with every launch turned into a compilation."""
     import torch
     import triton
@@ -117,11 +144,16 @@ def _compile(target: str, dtypes: list[str], vocabularies: list[int]) -> list[Ke
     triton.runtime.driver.set_active(_Driver(gpu))
     launch.threads_per_warp = gpu.warp_size
     compiled: dict[str, Any] = {}
+    variant = ""
     run = JITFunction.run
+
+    def label(text: str) -> None:
+        nonlocal variant
+        variant = text
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled[f"{self.fn.__module__.rpartition('.')[2]}{self.fn.__name__}"] = kernel
+        compiled[f"{self.fn.__module__.rpartition('.')[2]}{self.fn.__name__}{variant}"] = kernel
         return kernel
 
     JITFunction.run = only_compile
@@ -130,14 +162,14 @@ def _compile(target: str, dtypes: list[str], vocabularies: list[int]) -> list[Ke
         for dtype in dtypes:
             for vocab in vocabularies:
                 compiled.clear()
-                _call_everything(torch.zeros(2, vocab, dtype=getattr(torch, dtype)))
+                _call_everything(torch.zeros(2, vocab, dtype=getattr(torch, dtype)), label, operations)
                 out += [_measure(name, kernel, target, dtype, vocab) for name, kernel in compiled.items()]
     finally:
         JITFunction.run = run
     return out
 
 
-def _call_everything(logits: Any) -> None:
+def _call_everything(logits: Any, label: Callable[[str], None], operations: list[str]) -> None:
     """The launches of every operation: one selected token and many, split rows and whole ones; at one temperature."""
     import torch
 
@@ -149,20 +181,23 @@ def _call_everything(logits: Any) -> None:
     n, v = logits.shape
     one = torch.ones(1, 1, dtype=torch.float64)
     index = torch.zeros(n, dtype=torch.int64)
-    packed = _allocate(logits, one, index, True)
-    _gpu.statistics_forward(packed, logits, one, index, 1, None, v, -100, True, "triton")
-    rows, scalars, log_prob, argmax, *_, saved = packed
-    _gpu.statistics_backward(
-        torch.empty_like(logits), rows, scalars, log_prob, logits, one, index, 1, None, rows, scalars, argmax, saved, v,
-        -100, "triton",
-    )  # fmt: skip
-    for temperature, many in ((one, 40), (None, 2)):
+    if "statistics" in operations:
+        for ranks in (True, False) if "ranks" in operations else (False,):
+            label(" with ranks" if ranks else "")
+            packed = _allocate(logits, one, index, ranks)
+            _gpu.statistics_forward(packed, logits, one, index, 1, None, v, -100, ranks, "triton")
+        rows, scalars, log_prob, argmax, *_, saved = packed
+        _gpu.statistics_backward(
+            torch.empty_like(logits), rows, scalars, log_prob, logits, one, index, 1, None, rows, scalars, argmax,
+            saved, v, -100, "triton",
+        )  # fmt: skip
+    for temperature, many in ((one, 40), (None, 2)) if "ranks" in operations else ():
         ids = torch.zeros(n * many, dtype=torch.int64)
         counts = (torch.empty(n * many, dtype=torch.int64), torch.empty(n * many, dtype=torch.int64))
         mass = torch.empty(n * many, 1 if temperature is not None else 0)
         _gpu.ranks((*counts, mass), logits, ids, None, many, None, temperature, v, -100, "triton")
     out, norm = torch.empty_like(logits), _allocate_logsumexp(logits)
-    for launch.processors_override in (1, 1_000):
+    for launch.processors_override in (1, 1_000) if "softmax" in operations else ():
         _gpu.softmax_forward(out, norm, logits, one, v, False, "triton")
         _gpu.softmax_backward(
             torch.empty_like(logits), torch.empty(n, dtype=torch.float64), logits, out, norm, one, v, False, "triton"
@@ -180,29 +215,14 @@ def _nvidia(kernel: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(path))
-        text = _tool("cuobjdump", "-sass", str(path))
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
+        usage = sass.tool("cuobjdump", "-res-usage", str(path))
+        (code,) = sass.functions(sass.tool("cuobjdump", "-sass", str(path))).values()
     return {
         "registers": int(_first(r"REG:(\d+)", usage)),
-        "spills": sum(op.split(".")[0] in ("LDL", "STL") for op in operations),
-        "loads": _count(operations, "LDG"),
-        "stores": _count(operations, "STG"),
-        "ex2": sum(op.startswith("MUFU.EX2") for op in operations),
-        "barriers": sum(op.startswith("BAR.SYNC") for op in operations),
-        "instructions": sum(op != "NOP" for op in operations),
+        "barriers": sum(i.name.startswith("BAR.SYNC") for i in code),
+        "loop": sass.main_loop(code),
+        **dataclasses.asdict(sass.count(code)),
     }
-
-
-def _count(operations: list[str], prefix: str) -> dict[str, int]:
-    out: dict[str, int] = {}
-    for op in operations:
-        if op.split(".")[0] == prefix:
-            parts = op.split(".")
-            width = next((w for w in ("128", "64") if w in parts), None)
-            width = width or ("16" if "U16" in parts or "S16" in parts else "8" if "U8" in parts else "32")
-            out[width] = out.get(width, 0) + 1
-    return out
 
 
 def _amd(kernel: Any) -> dict[str, Any]:
@@ -210,20 +230,33 @@ def _amd(kernel: Any) -> dict[str, Any]:
     widths = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "ushort": "16", "short": "16",
               "short_d16": "16", "short_d16_hi": "16", "ubyte": "8", "byte": "8"}  # fmt: skip
 
-    def count(kind: str) -> dict[str, int]:
-        out: dict[str, int] = {}
-        for suffix in re.findall(rf"^\s+(?:global|buffer|flat)_{kind}_(\w+)", text, re.M):
-            out[widths.get(suffix, "32")] = out.get(widths.get(suffix, "32"), 0) + 1
-        return out
+    def count(lines: list[str]) -> Counts:
+        found: dict[str, Counter[str]] = {"load": Counter(), "store": Counter()}
+        for line in lines:
+            if moved := re.match(r"\s+(?:global|buffer|flat)_(load|store)_(\w+)", line):
+                found[moved[1]][widths.get(moved[2], "32")] += 1
+        return Counts(
+            loads=dict(found["load"]),
+            stores=dict(found["store"]),
+            ex2=sum(bool(re.match(r"\s+v_exp_f32", line)) for line in lines),
+            spills=sum(bool(re.match(r"\s+scratch_", line)) for line in lines),
+            instructions=sum(bool(re.match(r"\s+(?:[sv]|global|buffer|flat|ds)_\w+", line)) for line in lines),
+        )
 
+    lines = text.splitlines()
+    labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:", line)}
+    spans = set()
+    for i, line in enumerate(lines):
+        branch = re.match(r"\s+s_c?branch\w*\s+(\.LBB\w+)", line)
+        if branch and labels[branch[1]] < i:
+            spans.add((labels[branch[1]], i))
+    loops = {span: count(lines[span[0] : span[1] + 1]) for span in spans}
     return {
         "registers": int(_first(r"\.vgpr_count:\s+(\d+)", text)),
-        "spills": int(_first(r"\.vgpr_spill_count:\s+(\d+)", text)),
-        "loads": count("load"),
-        "stores": count("store"),
-        "ex2": len(re.findall(r"^\s+v_exp_f32", text, re.M)),
         "barriers": len(re.findall(r"^\s+s_barrier", text, re.M)),
-        "instructions": len(re.findall(r"^\s+[sv]_\w+|^\s+(?:global|buffer|flat|ds)_\w+", text, re.M)),
+        "loop": sass.innermost({span: counts for span, counts in loops.items() if counts.loads}),
+        **dataclasses.asdict(count(lines)),
+        "spills": int(_first(r"\.vgpr_spill_count:\s+(\d+)", text)),
     }
 
 
@@ -232,13 +265,6 @@ def _first(pattern: str, text: str) -> str:
     if found is None:
         raise RuntimeError(f"the compiler's report has no {pattern!r}: {text[:300]}")
     return found[1]
-
-
-def _tool(name: str, *arguments: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _entries(kernels: list[Kernel]) -> Iterator[dict[str, Any]]:
@@ -251,14 +277,17 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES)
     parser.add_argument("--vocabularies", nargs="+", type=int, default=VOCABULARIES)
+    parser.add_argument("--operations", nargs="+", default=OPERATIONS)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        found = _compile(arguments.one, list(arguments.dtypes), list(arguments.vocabularies))
+        found = _compile(arguments.one, arguments.dtypes, arguments.vocabularies, arguments.operations)
         print(MARK + json.dumps(list(_entries(found))))
         return
-    kernels = table(tuple(arguments.targets), tuple(arguments.dtypes), tuple(arguments.vocabularies))
+    kernels = table(
+        tuple(arguments.targets), tuple(arguments.dtypes), tuple(arguments.vocabularies), tuple(arguments.operations)
+    )
     print(json.dumps(list(_entries(kernels)), indent=1) if arguments.json else markdown(kernels))
 
 

@@ -1,28 +1,22 @@
-"""What other projects' Triton kernels move and compute for the same job, counted in the emulator (tests/emulator).
+"""Other projects' Triton kernels for the same jobs, run in the emulator (tests/emulator) and counted as ours are.
 
-    python benchmarks/gpu_evidence/peers.py --packages DIR [--rows 4] [--vocabulary 128256] [--sm 90] [--json FILE]
+The folder given to ``installed`` holds the peers, apart from this project's environment because their dependencies are
+not wanted:
 
-DIR holds the peers, installed apart from this project's environment because their dependencies are not wanted:
+    pip install --no-deps --target DIR liger-kernel==0.8.5 fla-core==0.6.0 einops==0.8.2 unsloth==2026.10.9
 
-    pip install --no-deps --target DIR liger-kernel==0.8.5 fla-core==0.6.0 einops unsloth==2026.10.9
-
-Bytes are those of the logits and of what is as large as they are, as multiples of the logits' own size: what the
-launches asked for in total, so a second read counts although a cache may serve it. Instructions and ex2 are of the
-PTX, for each logit. Errors are against float64 on the same rounded logits. None of this is a time: nothing here has
-run on a GPU.
+Each peer is called as its own autograd function calls it, with its own block sizes. Nothing of it is a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
-import json
+import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,49 +24,10 @@ import torch
 import triton.language as tl
 from triton.language.extra import libdevice
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from . import counting
+from .counting import Failure, Job, Jobs, Reference, Row, nll, nll_gradient, softmax, softmax_gradient
 
-from tests import emulator
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    peer: str
-    job: str
-    dtype: str
-    read: float  # times the logits
-    written: float
-    wide_loads: float  # share of the loads by 16 bytes
-    ex2: float  # for each logit
-    instructions: float
-    launches: int
-    error: float
-
-
-Job = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Jobs = Iterator[tuple[str, str, Job, Job]]  # package, job, peer, reference in float64
-
-
-def nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
-
-
-def nll_gradient(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    one_hot = torch.nn.functional.one_hot(target, logits.shape[1])
-    return logits.double().softmax(1) - one_hot
-
-
-def softmax(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return logits.double().softmax(1)
-
-
-def softmax_gradient(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """With the logits as upstream gradient, and the probabilities rounded as the peer is given them."""
-    p = logits.double().softmax(1).to(logits.dtype).double()
-    g = logits.double()
-    return p * (g - (p * g).sum(1, keepdim=True))
+from tests import emulator  # isort: skip
 
 
 def liger() -> Jobs:
@@ -156,75 +111,27 @@ def _calculate_settings(n: int) -> tuple[int, int]:
 PEERS: dict[str, Callable[[], Jobs]] = {"liger-kernel": liger, "fla-core": fla, "unsloth": unsloth}
 
 
-def measure(
-    package: str, job: str, run: Job, reference: Job, logits: torch.Tensor, target: torch.Tensor, sm: int
-) -> Row:
-    with emulator.triton(sm=sm, ptxas=False) as record:
-        result = run(logits, target)
-    counters = [launch.counters for launch in record.launches]
-    large = logits.nbytes // 2
-    loads: dict[int, int] = {}
-    read = written = 0
-    for counter in counters:
-        for traffic in counter.buffers.values():
-            read += traffic.loaded if traffic.loaded > large else 0
-            written += traffic.stored if traffic.stored > large else 0
-        for width, count in counter.load_widths.items():
-            loads[width] = loads.get(width, 0) + count * width
-    return Row(
-        peer=f"{package} {importlib.metadata.version(package)}",
-        job=job,
-        dtype=str(logits.dtype).removeprefix("torch."),
-        read=read / logits.nbytes,
-        written=written / logits.nbytes,
-        wide_loads=loads.get(128, 0) / sum(loads.values()),
-        ex2=sum(counter.ex2 for counter in counters) / logits.numel(),
-        instructions=sum(counter.total_instructions for counter in counters) / logits.numel(),
-        launches=len(counters),
-        error=float((result.double() - reference(logits, target)).abs().max()),
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, help="folder with the peers, as pip install --target made it")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--sm", type=int, default=90)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    options = parser.parse_args()
-    if options.packages:
-        sys.path.append(str(options.packages))
-    torch.manual_seed(0)
-    rows = []
-    print("| peer | job | dtype | read | written | 128-bit loads | ex2 | instructions | launches | error |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for package, jobs in PEERS.items():
+def installed(folder: Path | None) -> dict[str, str | None]:
+    """Versions of the peers, with a folder of them on the path; None for those that are not there."""
+    if folder is not None and str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+    versions: dict[str, str | None] = {}
+    for name in PEERS:
         try:
-            importlib.metadata.version(package)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            print(f"| {package} | not installed | | | | | | | | |")
-            continue
-        for dtype in (torch.bfloat16, torch.float32):
-            logits = (3 * torch.randn(options.rows, options.vocabulary)).to(dtype)
-            target = torch.randint(0, options.vocabulary, (options.rows,))
-            for _, job, run, reference in jobs():
-                try:
-                    row = measure(package, job, run, reference, logits, target, options.sm)
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-                    print(f"| {package} | {job} | {dtype} | {reason} | | | | | | |")
-                    continue
-                rows.append(row)
-                print(
-                    f"| {row.peer} | {row.job} | {row.dtype} | {row.read:.2f} | {row.written:.2f} "
-                    f"| {row.wide_loads:.0%} | {row.ex2:.2f} | {row.instructions:.1f} | {row.launches} "
-                    f"| {row.error:.1e} |",
-                    flush=True,
-                )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            versions[name] = None
+    return versions
 
 
-if __name__ == "__main__":
-    main()
+def measure(
+    package: str, job: str, run: Job, reference: Reference, logits: torch.Tensor, target: torch.Tensor, sm: int = 90
+) -> Row | Failure:
+    """A peer that does not run here is shown with its reason, and takes nobody else down."""
+    try:
+        with emulator.triton(sm=sm, ptxas=False, races=False) as record:
+            result = run(logits, target)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        return Failure(package, job, counting.dtype_name(logits.dtype), logits.shape[1], reason)
+    return counting.count(package, job, record.launches, result, reference(logits, target), logits)
