@@ -5,6 +5,8 @@ built (no compiler, no CMake) the package is installed without it and says so; e
 
     FASTCALIB_FORCE_EXT=1   an error instead of an installation without the extension
     FASTCALIB_NO_EXT=1      do not try to build the extension
+    FASTCALIB_CUDA=0        leave the CUDA kernels out; =1: an error where they cannot be built. Unset: they are built
+                            where an nvcc is found (CUDACXX, the packages of PyPI, CUDA_HOME, PATH)
     FASTCALIB_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer
     CMAKE_ARGS              further arguments for CMake's configure step; CXX chooses the compiler
 """
@@ -12,12 +14,15 @@ built (no compiler, no CMake) the package is installed without it and says so; e
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -47,6 +52,68 @@ def find_tool(name: str, directory_attribute: str) -> str:
     return path
 
 
+# Machine code for these, as far as the nvcc knows them (sm_86 and sm_89 run sm_80's, sm_103 runs sm_100's), and
+# portable code for whatever comes later.
+CUDA_ARCHITECTURES = (80, 90, 100, 120)
+CUDA_PTX = 90
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """An nvcc that works: its path, the folder above its bin, and those of our architectures that it compiles for."""
+
+    path: str
+    root: Path
+    architectures: tuple[int, ...]
+
+    def cmake_arguments(self) -> list[str]:
+        return [
+            f"-DFASTCALIB_NVCC={self.path}",
+            f"-DFASTCALIB_CUDA_ROOT={self.root}",
+            f"-DFASTCALIB_CUDA_ARCHITECTURES={';'.join(map(str, self.architectures))}",
+            f"-DFASTCALIB_CUDA_PTX={CUDA_PTX}",
+        ]
+
+
+def find_nvcc() -> Nvcc | None:
+    """The first nvcc that works; None where there is none, or the CUDA kernels are not wanted."""
+    wanted = os.environ.get("FASTCALIB_CUDA", "auto")
+    if wanted != "auto" and not switched_on("FASTCALIB_CUDA"):
+        return None
+    candidates = [os.environ.get("CUDACXX")]
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in (nvidia.submodule_search_locations or ()) if nvidia else ():
+        candidates += sorted(map(str, Path(folder).glob("cu*/bin/nvcc")))
+    candidates += [str(Path(home, "bin", "nvcc")) for home in (os.environ.get("CUDA_HOME"),) if home]
+    candidates.append(shutil.which("nvcc"))
+    for path in filter(None, candidates):
+        found = inspect_nvcc(path)
+        if found is not None:
+            return found
+    if switched_on("FASTCALIB_CUDA"):
+        raise RuntimeError(
+            "FASTCALIB_CUDA=1, but no nvcc was found that compiles for sm_90 (`make build-cuda` gets one)"
+        )
+    return None
+
+
+def inspect_nvcc(path: str) -> Nvcc | None:
+    try:
+        known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        # Where the compiler really lies: what is on PATH may be a wrapper.
+        with tempfile.NamedTemporaryFile(suffix=".cu") as source:
+            dry = subprocess.run(
+                [path, "--dryrun", "-c", source.name], capture_output=True, text=True, check=True
+            ).stderr
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    here = re.search(r"^#\$ _HERE_=(.+)$", dry, re.M)
+    architectures = tuple(number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known)
+    if here is None or CUDA_PTX not in architectures:
+        return None
+    return Nvcc(path, Path(here[1]).resolve().parent, architectures)
+
+
 class CMakeExtension(Extension):
     """An extension module whose sources and flags are in ``source_dir``/CMakeLists.txt."""
 
@@ -68,7 +135,7 @@ class CMakeBuild(build_ext):
         try:
             if switched_on("FASTCALIB_NO_EXT"):
                 raise RuntimeError("FASTCALIB_NO_EXT=1 was set when fastcalib was installed")
-            shutil.copy2(self.run_cmake(ext), target)
+            shutil.copy2(self.build_with_or_without_cuda(ext), target)
         except (OSError, ImportError, RuntimeError, subprocess.CalledProcessError) as error:
             if switched_on("FASTCALIB_FORCE_EXT"):
                 raise RuntimeError(
@@ -92,14 +159,26 @@ class CMakeBuild(build_ext):
                 shutil.copy2(file, fresh)
                 os.replace(fresh, target)
 
-    def run_cmake(self, ext: CMakeExtension) -> Path:
+    def build_with_or_without_cuda(self, ext: CMakeExtension) -> Path:
+        nvcc = None if switched_on("FASTCALIB_SANITIZE") else find_nvcc()
+        try:
+            return self.run_cmake(ext, nvcc)
+        except subprocess.CalledProcessError:
+            if nvcc is None or switched_on("FASTCALIB_CUDA"):
+                raise
+            # A GPU toolkit that does not work must not cost the CPU kernels.
+            print(f"{nvcc.path} failed: fastcalib is built without its CUDA kernels", file=sys.stderr, flush=True)
+            return self.run_cmake(ext, None)
+
+    def run_cmake(self, ext: CMakeExtension, nvcc: Nvcc | None) -> Path:
         """Configure and build; returns the path of the module in the build folder."""
         import pybind11
 
         sanitize = switched_on("FASTCALIB_SANITIZE")
         # A folder for each kind of build: CMake would go on with the compiler it found the first time.
         compiler = re.sub(r"\W+", "-", os.environ.get("CXX", "default"))
-        tag = f"{sys.implementation.cache_tag}-{self.plat_name}-{compiler}" + ("-sanitize" if sanitize else "")
+        tag = f"{sys.implementation.cache_tag}-{self.plat_name}-{compiler}"
+        tag += "-sanitize" if sanitize else "-cuda" if nvcc else ""
         build_dir = ROOT / "build" / f"cmake-{tag}"
         output_dir = build_dir / "module"
         for stale in output_dir.glob("_C*"):
@@ -113,6 +192,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTCALIB_OUTPUT_DIR={output_dir}",
             f"-DFASTCALIB_SANITIZE={'ON' if sanitize else 'OFF'}",
+            *(nvcc.cmake_arguments() if nvcc else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)

@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#if defined(FASTCALIB_HAVE_CUDA)
+#include "cuda/bindings.h"
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -180,6 +183,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("softmax_forward", &softmax_forward, release);
     m.def("softmax_backward", &softmax_backward, release);
     m.def("advise_huge_pages", &advise_huge_pages, release);
+#if defined(FASTCALIB_HAVE_CUDA)
+    fastcalib::cuda::bind(m);
+#endif
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", &available_isas);
     m.def("set_isa", &set_isa);

@@ -6,10 +6,9 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -26,8 +25,8 @@ except ImportError as error:  # a pure-Python install, or a build for another in
     _C, _C_error = None, str(error)
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None  # importing it is left to the first kernel
-# Triton kernels take CPU tensors only where Triton itself does: in its interpreter, or where a test emulates a device.
-_triton_on_cpu = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+# GPU backends that take CPU tensors: Triton in its interpreter, and what a test emulates a device for.
+_on_cpu: tuple[str, ...] = ("triton",) if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") else ()
 
 
 def extension() -> ModuleType:
@@ -44,12 +43,11 @@ def _why_no_extension() -> str:
     )
 
 
-def cuda_extension(name: str) -> Callable[..., Any]:
-    """A launcher of the CUDA kernels in the C++ module; RuntimeError with the reason when it is not there."""
-    function = getattr(_C, name, None)
-    if function is None:
+def cuda_extension() -> ModuleType:
+    """The C++ module with its launchers of CUDA kernels; RuntimeError with the reason when they are not there."""
+    if _C is None or not hasattr(_C, "cuda_statistics_forward"):
         raise RuntimeError(f"backend 'cuda' is not available: {_why_no_cuda()}")
-    return function
+    return _C
 
 
 def _why_no_cuda() -> str:
@@ -63,7 +61,7 @@ def _why_no_cuda() -> str:
 def _why_no_triton() -> str:
     if not _TRITON_FOUND:
         return "Triton is not installed (pip install triton)"
-    if not (torch.cuda.is_available() or _triton_on_cpu):
+    if not (torch.cuda.is_available() or "triton" in _on_cpu):
         return "torch sees no CUDA device"
     return ""
 
@@ -147,7 +145,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None
             if not os.environ.get("FASTCALIB_QUIET"):
                 warnings.warn(f"fastcalib runs on the slow 'eager' backend: {why}", RuntimeWarning, stacklevel=4)
         return backend
-    if backend == "triton" and _TRITON_FOUND and (device.type == "cuda" or _triton_on_cpu):
+    if backend in _on_cpu or (backend == "triton" and _TRITON_FOUND and device.type == "cuda"):
         return backend
     _check_live(backend)
     if backend == "cpp" and device.type not in ("cpu", "meta"):

@@ -24,9 +24,9 @@ def collect() -> dict[str, Any]:
 
     Returns:
         ``versions`` (name -> version or None), ``python``, ``platform``, ``extension`` (``loaded``, ``path``, the
-        ``isa`` chosen, the ``isas`` this machine can run, ``compiler``, ``openmp``; or ``why_missing``), ``backends``
-        (name -> ``live``, ``why``), ``threads`` (``torch``, ``cpus``) and ``openmp_runtimes`` (the shared libraries
-        loaded; more than one means more than one pool of threads).
+        ``isa`` chosen, the ``isas`` this machine can run, ``compiler``, ``openmp``, the ``cuda`` targets compiled in;
+        or ``why_missing``), ``backends`` (name -> ``live``, ``why``), ``threads`` (``torch``, ``cpus``) and
+        ``openmp_runtimes`` (the shared libraries loaded; more than one means more than one pool of threads).
 
     Example:
         >>> from fastcalib.info import collect
@@ -71,6 +71,11 @@ def render(facts: dict[str, Any] | None = None) -> Group:
         available = ", ".join(extension["isas"])
         about.add_row("instruction set", f"{extension['isa']} (this machine runs: {available})")
         about.add_row("compiler", f"{extension['compiler']}, OpenMP {'on' if extension['openmp'] else 'off'}")
+        cuda = extension["cuda"]
+        about.add_row(
+            "CUDA kernels",
+            f"compiled in for {cuda}, not yet run on a GPU" if cuda else "not compiled in: no nvcc when it was built",
+        )
         about.add_row("extension", extension["path"])
     else:
         about.add_row("extension", f"missing: {extension['why_missing']}")
@@ -108,6 +113,7 @@ def _extension() -> dict[str, Any]:
         "isas": list(module.isas()),
         "compiler": module.compiler(),
         "openmp": module.openmp(),
+        "cuda": module.cuda_targets() if hasattr(module, "cuda_targets") else "",
     }
 
 

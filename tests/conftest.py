@@ -49,8 +49,11 @@ def _activate(name: str) -> Iterator[str]:
     if name.startswith("triton-sm"):
         from . import emulator
 
-        with emulator.triton(sm=int(name.removeprefix("triton-sm"))), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backends_module, "_triton_on_cpu", True)
+        with (
+            emulator.triton(sm=int(name.removeprefix("triton-sm")), ptxas=False),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(backends_module, "_on_cpu", ("triton",))
             yield "triton"
         return
     if name.startswith("gpu-"):

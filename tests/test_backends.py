@@ -73,12 +73,15 @@ def test_an_error_inside_restores_the_backend():
 def test_unknown_and_unavailable_backends(function):
     with pytest.raises(ValueError, match=r"\"auto\".*eager.*got 'fast'"):
         getattr(fastcalib, function)(Z, backend="fast")
-    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: no CUDA kernels"):
-        getattr(fastcalib, function)(Z, backend="cuda")
+    live, why = fastcalib.backends()["cuda"]
+    if not live:  # no kernels in this build, or no device: the error says what the list of backends says
+        with pytest.raises(RuntimeError, match=f"backend 'cuda' is not available: {why}"):
+            getattr(fastcalib, function)(Z, backend="cuda")
     with pytest.raises(ValueError, match="got 'numpy'"), fastcalib.use_backend("numpy"):
         pass
-    with pytest.raises(RuntimeError, match="'triton' is not available"), fastcalib.use_backend("triton"):
-        pass
+    if not fastcalib.backends()["triton"][0]:
+        with pytest.raises(RuntimeError, match="'triton' is not available"), fastcalib.use_backend("triton"):
+            pass
 
 
 def test_named_and_automatic_choice_agree(backend):

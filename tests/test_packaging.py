@@ -5,6 +5,7 @@ Builds happen in a copy of the repository in a temporary folder; no network is u
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -202,11 +203,33 @@ def test_a_working_tree_gets_the_note_in_place_of_a_stale_extension(source: Path
     assert "FASTCALIB_NO_EXT=1" in (source / "fastcalib" / "_extension_missing.txt").read_text()
 
 
+def test_cuda_kernels_asked_for_without_an_nvcc_are_an_error(source: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("nvidia") is not None:
+        pytest.skip("packages of nvidia are installed, an nvcc perhaps among them")
+    nowhere = {"PATH": "/nonexistent", "CUDA_HOME": "", "CUDACXX": ""}
+    done = build_wheel(source, FASTCALIB_CUDA="1", FASTCALIB_FORCE_EXT="1", **nowhere)
+    assert done.returncode != 0
+    assert "FASTCALIB_CUDA=1, but no nvcc was found" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_cuda_kernels_load_without_a_driver(tmp_path: Path) -> None:
+    extension = pytest.importorskip("fastcalib._C")
+    if not hasattr(extension, "cuda_targets"):
+        pytest.skip("built without CUDA kernels (`make build-cuda` builds them)")
+    targets = extension.cuda_targets().split()
+    assert {"sm_80", "sm_90"} <= set(targets) and any(t.startswith("compute_") for t in targets)
+    linked = subprocess.run(["ldd", extension.__file__], capture_output=True, text=True).stdout
+    assert "libcuda" not in linked and "not found" not in linked, linked
+    code = "from fastcalib.info import collect; print(collect()['extension']['cuda'])"
+    assert run_outside(code, tmp_path).split() == targets
+
+
 @pytest.mark.slow
 def test_a_wheel_built_from_a_clean_copy_works(source: Path, tmp_path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler on this machine")
-    done = build_wheel(source, FASTCALIB_FORCE_EXT="1")
+    done = build_wheel(source, FASTCALIB_FORCE_EXT="1", FASTCALIB_CUDA="0")  # nvcc would take minutes
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (source / "out").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -14,7 +14,7 @@ from .checks import assert_within
 
 INF, NAN = torch.inf, torch.nan
 # One, an odd few, either side of where brute force ends (16, 24), a table, a large table.
-SET_SIZES = (1, 2, 3, 7, 15, 16, 17, 24, 25, 33, 63, 256, 1_025, 2_500)
+SET_SIZES = (1, 2, 3, 7, 15, 16, 17, 24, 25, 31, 32, 33, 63, 256, 1_025, 2_500)
 
 
 def check_mass(got, want, what):

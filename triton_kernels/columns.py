@@ -1,11 +1,12 @@
-"""Element by element passes over a row: chunks that programs take, and a body of 128-bit accesses between a short head and a tail.
+"""Element by element passes over a row: chunks that programs take, and a body of 128-bit accesses between a short head
+and a tail.
 
 Not yet run on a GPU.
 
 Where V is no multiple of 8, rows start anywhere. What is computed element by element does not depend on how columns are
-dealt out (nothing is added across columns, every multiply-add is an explicit ``fma``), so the cut may follow the memory:
-up to 7 columns before the first 16-byte boundary of the row that is written, then whole tiles without a mask, then a
-masked tail. Sums cannot do that, or their bits would follow the alignment (row_state.py).
+dealt out (nothing is added across columns, every multiply-add is an explicit ``fma``), so the cut may follow the
+memory: up to 7 columns before the first 16-byte boundary of the row that is written, then whole tiles without a mask,
+then a masked tail. Sums cannot do that, or their bits would follow the alignment (row_state.py).
 """
 
 import triton

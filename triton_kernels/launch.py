@@ -16,26 +16,32 @@ from torch import Tensor
 VECTOR_BYTES = 16
 SEGMENT_BYTES = 64 << 10
 MAX_SEGMENTS = 64
-# Warps of a program that looks at a whole row twice: as few such programs as fill a multiprocessor (softmax.py).
-ROW_WARPS = 16
-# Sums of up to 8 temperatures (four registers each) stay in registers beside a tile of 32 numbers; more take another read.
+# Lanes of a program that looks at a whole row twice: as few such programs as fill a multiprocessor (softmax.py).
+ROW_LANES = 512
+# Sums of up to 8 temperatures (four registers each) stay in registers beside a tile of 32 numbers; more take another
+# read.
 MAX_GROUP = 8
+
+# Threads of a warp (a wavefront on AMD's CDNA). A lane is a thread, so lanes decide the bits and warps follow.
+threads_per_warp = 64 if torch.version.hip else 32
+# No contraction to fused multiply-adds beyond those that the kernels write (row_state.py).
+EXACT = {"enable_fp_fusion": False}
 
 # Set to force a number of multiprocessors (tests of row splits, machines without a device).
 processors_override: int | None = None
 
 
 class Tiling(NamedTuple):
-    """How a row is cut: tiles of (unroll, 32 warps, vector) columns, segments of whole tiles."""
+    """How a row is cut: tiles of (unroll, lanes, vector) columns, segments of whole tiles."""
 
-    warps: int
+    lanes: int
     vector: int
     unroll: int
     segment: int
 
     @property
-    def lanes(self) -> int:
-        return 32 * self.warps
+    def warps(self) -> int:
+        return max(1, self.lanes // threads_per_warp)
 
     @property
     def tile(self) -> int:
@@ -45,31 +51,31 @@ class Tiling(NamedTuple):
         return -(-vocab // self.segment)
 
     def constants(self) -> dict[str, int]:
-        """The compile-time arguments that every reducing kernel takes."""
+        """The compile-time arguments and options that every reducing kernel takes."""
         return {
             "LANES": self.lanes, "VECTOR": self.vector, "UNROLL": self.unroll, "SEGMENT": self.segment,
-            "num_warps": self.warps,
+            "num_warps": self.warps, **EXACT,
         }  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def tiling(vocab: int, dtype: torch.dtype, warps: int = 4) -> Tiling:
+def tiling(vocab: int, dtype: torch.dtype, lanes: int = 128) -> Tiling:
     """The cut of a row of V logits: V class and dtype only.
 
-    Four warps with 32 numbers a thread: 64 (16-bit) or 128 bytes in flight per thread, some 70 registers, so that five or
-    more programs share a multiprocessor: over 40 KiB in flight where 18 KiB cover the latency of an H100's memory at its
-    full 3.35 TB/s. A segment is 64 KiB of a row: its final reduction over lanes costs 5 to 10% of its sums, and a
-    row of 128,256 bfloat16 logits still feeds four programs. Short rows get a warp or two, or lanes would idle.
+    128 threads with 32 numbers each: 64 (16-bit) or 128 bytes in flight per thread, some 70 registers, so that five
+    or more programs share a multiprocessor: over 40 KiB in flight where 18 KiB cover the latency of an H100's memory
+    at its full 3.35 TB/s. A segment is 64 KiB of a row: its final reduction over lanes costs 5 to 10% of its sums, and
+    a row of 128,256 bfloat16 logits still feeds four programs. Short rows get fewer, or lanes would idle.
     """
     vector = VECTOR_BYTES // dtype.itemsize
     if vocab <= 1024:
-        return Tiling(1, vector, 16 // vector, 1024)
+        return Tiling(32, vector, 16 // vector, 1024)
     if vocab <= 8192:
-        return Tiling(min(warps, 4), vector, 16 // vector, 8192)
+        return Tiling(min(lanes, 128), vector, 16 // vector, 8192)
     segment = SEGMENT_BYTES // dtype.itemsize
     while segment * MAX_SEGMENTS < vocab:
         segment *= 2
-    return Tiling(warps, vector, 32 // vector, segment)
+    return Tiling(lanes, vector, 32 // vector, segment)
 
 
 def alignment(tensor: Tensor, *strides: int) -> int:
@@ -104,7 +110,7 @@ def next_power_of_two(n: int) -> int:
 
 
 def chunk(cut: Tiling) -> int:
-    """Columns that a program of an element by element pass takes: enough tiles to pay for reading the row's constants."""
+    """Columns that a program of an element by element pass takes: enough to pay for reading the row's constants."""
     return 4 * cut.tile
 
 

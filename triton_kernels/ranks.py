@@ -1,15 +1,18 @@
-"""ranks: for thresholds t_j of a row, count z > t_j and z = t_j and sum the probability of z > t_j. Not yet run on a GPU.
+"""ranks: for thresholds t_j of a row, count z > t_j and z = t_j and sum the probability of z > t_j. Not yet run on a
+GPU.
 
-Thresholds are sorted once, per row (torch.sort: they are few beside V). Then one read of the logits, by one of two kernels:
+Thresholds are sorted once, per row (torch.sort: they are few beside V). Then one read of the logits, by one of two
+kernels:
 
-- up to 4 thresholds a row and no masses (``_compare``): every element is compared with every threshold, counters stay in registers;
-- else (``_place``): elements below the lowest threshold of the row touch nothing but that comparison. The others find their place by
-  binary search among the sorted thresholds (in the L1 cache) and add one to a histogram of integers in global memory, 2 (M + 1) bins
-  a row; ``_finish`` turns bins into counts by a suffix sum. Probabilities are added as 64-bit integers, in units of 2^-60.
-  Integer additions commute: the order in which programs get there does not show.
+- up to 4 thresholds a row and no masses (``_compare``): every element is compared with every threshold, counters stay
+  in registers;
+- else (``_place``): elements below the lowest threshold of the row touch nothing but that comparison. The others find
+  their place by binary search among the sorted thresholds (in the L1 cache) and add one to a histogram of integers in
+  global memory, 2 (M + 1) bins a row; ``_finish`` turns bins into counts by a suffix sum. Probabilities are added as
+  64-bit integers, in units of 2^-60. Integer additions commute: the order in which programs get there does not show.
 
-With M up to 2 and masses, statistics.py counts in its own read instead. With more, masses need the normaliser of the row
-first: a second read of the logits.
+With M up to 2 and masses, statistics.py counts in its own read instead. With more, masses need the normaliser of the
+row first: a second read of the logits.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ UNIT = tl.constexpr(1152921504606846976.0)
 
 @triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "per_row", "ignore_index"])
 def _gather(x, inner, outer_stride, inner_stride, vocab, ids, per_row, offsets, ignore_index, bounds):
-    """The logits of the selected tokens, float32; NaN, which nothing exceeds, for an ignored or bad id. Reads only good ids."""
+    """The logits of the selected tokens, float32; NaN, which nothing exceeds, for an ignored or bad id."""
     row = tl.program_id(0).to(tl.int64)
     base = row_of(x, row, inner, outer_stride, inner_stride)
     begin, end = bounds_of_row(row, per_row, offsets)
@@ -114,7 +117,7 @@ def _drop(
     z, copy, sorted_bounds, lowest, begin, m, bins, masses, c_of_row, inverse_of_row, top, inverse_step, k_count,
     mass_step, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """Add the elements of a tile to the histogram of their row. A NaN is below every threshold here: it counts nowhere."""
+    """Add the elements of a tile to the histogram of their row. A NaN counts nowhere."""
     passes = z >= lowest
     place = _places(sorted_bounds, begin, m, z, passes)
     at_bound = tl.load(sorted_bounds + begin + place, mask=passes & (place < m), other=float("nan"))
@@ -130,7 +133,8 @@ def _drop(
 
 
 @triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "per_row", "temperature_stride",
-                               "k_count", "top_stride", "inverse_stride", "inverse_step", "mass_step", "chunks"])  # fmt: skip
+                               "k_count", "top_stride", "inverse_stride", "inverse_step", "mass_step",
+                               "chunks"])  # fmt: skip
 def _place(
     x, inner, outer_stride, inner_stride, vocab,
     sorted_bounds,  # float32 (nnz,), ascending within a row, NaN last
@@ -270,7 +274,7 @@ def gather(
     """float32 (nnz,): logits of the selected tokens, NaN where an id is ignored or outside the vocabulary."""
     bounds = torch.empty(index.shape[0], dtype=torch.float32, device=logits.device)
     _gather[(layout[0],)](
-        logits, *layout[1:], vocab_size, index, per_row, offsets, ignore_index, bounds, num_warps=4
+        logits, *layout[1:], vocab_size, index, per_row, offsets, ignore_index, bounds, num_warps=4, **launch.EXACT
     )  # fmt: skip
     return bounds
 
@@ -306,7 +310,8 @@ def count(
 
     Args:
         bounds: float32 (nnz,), dealt to rows by ``per_row`` or offsets.
-        temperature, tops, inverses: for masses: float64 (1 or N, K); the maxima of the rows (N,) and 1/s0 (N, K), any strides.
+        temperature, tops, inverses: for masses: float64 (1 or N, K); the maxima of the rows (N,) and 1/s0 (N, K), any
+        strides.
     """
     n_rows, nnz = layout[0], bounds.shape[0]
     n_greater, n_equal, mass_greater = out
@@ -320,10 +325,10 @@ def count(
         counts = torch.zeros(nnz, 2, dtype=torch.int32, device=device)
         _compare[(n_rows * chunks,)](
             logits, *layout[1:], vocab_size, bounds, counts, chunks, M=per_row, SIZE=size, LANES=cut.lanes,
-            VECTOR=cut.vector, UNROLL=cut.unroll, CHUNK=chunk, num_warps=cut.warps,
+            VECTOR=cut.vector, UNROLL=cut.unroll, CHUNK=chunk, num_warps=cut.warps, **launch.EXACT,
         )  # fmt: skip
         _finish_compared[(-(-nnz // 128),)](
-            vocab_size, index, ignore_index, counts, n_greater, n_equal, nnz, num_warps=4
+            vocab_size, index, ignore_index, counts, n_greater, n_equal, nnz, num_warps=4, **launch.EXACT
         )
         return
     values, order = _sorted_by_row(bounds, n_rows, per_row, offsets)
@@ -338,11 +343,11 @@ def count(
     _place[(n_rows * chunks,)](
         logits, *layout[1:], vocab_size, values, per_row, offsets, bins, temperature, stride, k, tops, top_stride,
         inverses, *strides, masses, mass_step, chunks, SIZE=size, LANES=cut.lanes, VECTOR=cut.vector,
-        TILE=cut.lanes * cut.vector, CHUNK=chunk, COPIES=copies, num_warps=cut.warps,
+        TILE=cut.lanes * cut.vector, CHUNK=chunk, COPIES=copies, num_warps=cut.warps, **launch.EXACT,
     )  # fmt: skip
     _finish[(n_rows,)](
         vocab_size, values, order, index, per_row, offsets, ignore_index, bins, k, tops, top_stride, masses, mass_step,
-        n_greater, n_equal, mass_greater, COPIES=copies, BLOCK=128, num_warps=1,
+        n_greater, n_equal, mass_greater, COPIES=copies, BLOCK=128, num_warps=1, **launch.EXACT,
     )  # fmt: skip
 
 
@@ -360,8 +365,8 @@ def forward(
 ) -> None:
     """Fill n_greater, n_equal int64 (nnz,) and mass_greater float32 (nnz, K), for selected tokens or thresholds.
 
-    Thresholds are float32 (N per_row,), contiguous. Ragged sets have offsets; how many tokens a row has is then known on
-    the device alone, and never asked for.
+    Thresholds are float32 (N per_row,), contiguous. Ragged sets have offsets; how many tokens a row has is then known
+    on the device alone, and never asked for.
     """
     if layout[0] == 0 or out[0].shape[0] == 0:
         return

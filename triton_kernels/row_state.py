@@ -2,18 +2,19 @@
 
 Not yet run on a GPU.
 
-A tile of a row is (UNROLL, LANES, VECTOR) neighbouring columns. Each thread owns one lane: UNROLL vectors of 16 bytes. It
-keeps one running state (its own maximum and sums against it), so the main loop has neither a barrier nor a shuffle, and
-needs 1 + 1/(UNROLL VECTOR) exponentials per element and temperature.
+A tile of a row is (UNROLL, LANES, VECTOR) neighbouring columns. Each thread owns one lane: UNROLL vectors of 16 bytes.
+It keeps one running state (its own maximum and sums against it), so the main loop has neither a barrier nor a shuffle,
+and needs 1 + 1/(UNROLL VECTOR) exponentials per element and temperature.
 
-Bits. A tile is taken apart (``unzip``) into UNROLL VECTOR tensors of one number per lane right after the load, and added up
-in the order written here. So the sum of a segment depends on its columns alone: not on how the compiler lays out the load,
-hence not on the alignment of the row; not on N, nor on the number of programs. Every multiply-add is an explicit ``fma``:
-what is left cannot be contracted differently in two kernels that share a helper.
+Bits. A tile is taken apart (``unzip``) into UNROLL VECTOR tensors of one number per lane right after the load, and
+added up in the order written here. So the sum of a segment depends on its columns alone: not on how the compiler lays
+out the load, hence not on the alignment of the row; not on N, nor on the number of programs. Every multiply-add is an
+explicit ``fma``, and kernels are compiled without contraction (launch.EXACT): left to the compiler, two kernels that
+share a helper could round differently.
 
 Accuracy. Sums are float32 over at most 32 terms of a tile, then over the tiles of a lane (at most 8 in a segment of
-64 KiB), then over 128 lanes in a tree: some 50 roundings in the worst case, 3e-6, and about 3e-7 in practice. Segments are
-merged in float64 (statistics.py).
+64 KiB), then over 128 lanes in a tree: some 50 roundings in the worst case, 3e-6, and about 3e-7 in practice. Segments
+are merged in float64 (statistics.py).
 """
 
 import triton
@@ -21,9 +22,9 @@ import triton.language as tl
 
 # Most negative finite float32. It stands in for a maximum of -inf, so that no inf - inf is ever formed.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Exponents are clamped here: 2^-126 is nothing beside the 2^0 of the maximum, and 0 * inf never arises at masked tokens.
+# Exponents are clamped here: 2^-126 is nothing beside the 2^0 of the maximum, and masked tokens form no 0 * inf.
 LOWEST_EXPONENT = tl.constexpr(-126.0)
-# Below this shift every sum is exactly 0 after rescaling; it keeps the shift finite when a maximum is -inf (row_state.h).
+# Below this shift every sum is exactly 0 after rescaling; it keeps the shift finite when a maximum is -inf.
 LOWEST_SHIFT = tl.constexpr(-100000.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,7 +35,7 @@ SHRINK = tl.constexpr(0.00390625)
 
 @triton.jit
 def unzip(tile, COUNT: tl.constexpr):
-    """(LANES, COUNT) -> a tuple of COUNT tensors (LANES,), in order. No data moves where a thread holds a whole vector."""
+    """(LANES, COUNT) -> COUNT tensors (LANES,), in order; nothing moves where a thread holds a whole vector."""
     if COUNT == 1:
         return (tl.reshape(tile, [tile.shape[0]]),)
     else:
@@ -48,8 +49,13 @@ def unzip(tile, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
-    """A whole tile as UNROLL VECTOR tensors (LANES,) of float32: mask-free, 128-bit loads where rows are aligned."""
+def load_tile(pointer, at, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
+    """The tile from column ``at`` as UNROLL VECTOR tensors (LANES,) of float32: mask-free, in 128-bit loads if aligned.
+
+    ALIGN is the alignment of every row, and so of every tile, in bytes. It is said of this very addition: Triton keeps
+    the hint on the operation that makes the pointer, and forgets one on an argument or on a function's result.
+    """
+    pointer = tl.multiple_of(pointer + at, ALIGN)
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     out = ()
     for u in tl.static_range(UNROLL):
@@ -103,7 +109,9 @@ def add_exponentials(total, values, top, old, c):
 
 
 @triton.jit
-def segment_normalisers(pointer, count, c, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
+def segment_normalisers(
+    pointer, count, c, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+):
     """Maximum of a segment, and for each of the temperatures ``c`` the sum 2^(c (z - max)); float32 scalars."""
     TILE: tl.constexpr = LANES * VECTOR * UNROLL
     top = tl.full([LANES], -float("inf"), tl.float32)
@@ -112,7 +120,7 @@ def segment_normalisers(pointer, count, c, LANES: tl.constexpr, VECTOR: tl.const
         sums = sums + (tl.zeros([LANES], tl.float32),)
     whole = count // TILE * TILE
     for at in tl.range(0, whole, TILE):
-        top, sums = add_normalisers(top, sums, load_tile(pointer + at, LANES, VECTOR, UNROLL), c)
+        top, sums = add_normalisers(top, sums, load_tile(pointer, at, ALIGN, LANES, VECTOR, UNROLL), c)
     if whole < count:
         top, sums = add_normalisers(top, sums, load_tail(pointer + whole, count - whole, LANES, VECTOR, UNROLL), c)
     highest = tl.max(top, 0)
@@ -189,7 +197,7 @@ def total_of_lanes(s0, s1, s2, r2, top, highest, c):
 
 @triton.jit
 def near_mean(pointer, count):
-    """Mean of the finite ones among the first 64 columns: where the spread is measured from, so that nothing cancels."""
+    """Mean of the finite ones among the first 64 columns: the spread is measured from there, so nothing cancels."""
     columns = tl.arange(0, 64)
     z = tl.load(pointer + columns, mask=columns < count, other=-float("inf")).to(tl.float32)
     finite = tl.abs(z) <= -LOWEST

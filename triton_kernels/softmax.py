@@ -3,11 +3,11 @@
 Two looks at a row: its normaliser, then p = 2^(c (z - max)) / s0. The second look should find the row in the L2 cache:
 
 - With at least one row per multiprocessor, ``_rows`` gives each program (16 warps, so that one or two share a
-  multiprocessor) a whole row. Then some 132 to 264 rows are in flight: 34 to 68 MB for 128,256 bfloat16 logits, against 50 MB
-  of L2 on an H100. The second look goes backwards, so what was read last, and is surely still there, comes first and its lines
-  are not pushed out by the writes before they are used.
-- With fewer rows than multiprocessors, segments go to ``_segments``, ``_merge`` and ``_write``: then all logits together are at
-  most 34 MB (131 rows as above), and the third kernel finds them in L2 as the first left them.
+  multiprocessor) a whole row. Then some 132 to 264 rows are in flight: 34 to 68 MB for 128,256 bfloat16 logits,
+  against 50 MB of L2 on an H100. The second look goes backwards, so what was read last, and is surely still there,
+  comes first and its lines are not pushed out by the writes before they are used.
+- With fewer rows than multiprocessors, segments go to ``_segments``, ``_merge`` and ``_write``: then all logits
+  together are at most 34 MB (131 rows as above), and the third kernel finds them in L2 as the first left them.
 
 Both ways sum the same segments in the same order, and give the same bits.
 """
@@ -26,7 +26,7 @@ from .row_state import LOG2E, merge_normalisers, row_of, segment_normalisers
 
 @triton.jit
 def finished(top, total, b):
-    """max z (NaN for a row without a softmax), 1 / s0, log s0 and the logsumexp, float32, from a row's sum in float64."""
+    """max z (NaN for a row without a softmax), 1 / s0, log s0 and the logsumexp, from a row's sum in float64."""
     undefined = total != total
     dead = undefined | (top == -float("inf"))
     safe = tl.where(dead, 1.0, total)
@@ -90,12 +90,11 @@ def _rows(
     b = 1.0 / tl.load(temperature + row * temperature_stride)
     c = b * LOG2E
     source = row_of(x, row, inner, outer_stride, inner_stride)
-    pointer = tl.multiple_of(source, ALIGN)
     top = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float64)
     for start in tl.range(0, vocab, SEGMENT):
         count = tl.minimum(vocab - start, SEGMENT)
-        there, sums = segment_normalisers(pointer + start, count, (c.to(tl.float32),), LANES, VECTOR, UNROLL)
+        there, sums = segment_normalisers(source + start, count, (c.to(tl.float32),), ALIGN, LANES, VECTOR, UNROLL)
         top, total = merge_normalisers(top, total, there, sums[0], c)
     top, inverse, log_s0, norm = finished(top, total, b)
     tl.store(logsumexp + row, norm)
@@ -124,8 +123,8 @@ def _segments(
     for g in tl.static_range(GROUP):
         b = 1.0 / tl.load(temperature + row * temperature_stride + tl.minimum(first_k + g, k_count - 1))
         c = c + ((b * LOG2E).to(tl.float32),)
-    pointer = tl.multiple_of(row_of(x, row, inner, outer_stride, inner_stride) + start, ALIGN)
-    top, out = segment_normalisers(pointer, tl.minimum(vocab - start, SEGMENT), c, LANES, VECTOR, UNROLL)
+    pointer = row_of(x, row, inner, outer_stride, inner_stride) + start
+    top, out = segment_normalisers(pointer, tl.minimum(vocab - start, SEGMENT), c, ALIGN, LANES, VECTOR, UNROLL)
     tl.store(tops + part, top)
     for g in tl.static_range(GROUP):
         if first_k + g < k_count:
@@ -193,7 +192,7 @@ def normalisers(
         logits, *layout[1:], vocab_size, temperature, stride, k, tops, sums, segments,
         ALIGN=launch.alignment(logits, *layout[2:]), GROUP=group, **cut.constants(),
     )  # fmt: skip
-    _merge[(n_rows * k,)](temperature, stride, k, tops, sums, segments, state, num_warps=1)
+    _merge[(n_rows * k,)](temperature, stride, k, tops, sums, segments, state, num_warps=1, **launch.EXACT)
     return state
 
 
@@ -210,7 +209,7 @@ def forward(
     n_rows, width = layout[0], logits.shape[-1]
     if n_rows == 0:
         return
-    cut = launch.tiling(vocab_size, logits.dtype, warps=launch.ROW_WARPS)
+    cut = launch.tiling(vocab_size, logits.dtype, lanes=launch.ROW_LANES)
     row_tile = cut.lanes * cut.vector * min(cut.unroll, 2)
     flat = (n_rows, n_rows, 0, width)
     constants = {
@@ -229,5 +228,5 @@ def forward(
     chunks = -(-width // chunk)
     _write[(n_rows * chunks,)](
         logits, *layout[1:], out, logsumexp, vocab_size, width, temperature, stride, state, chunks,
-        LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **constants,
+        LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **launch.EXACT, **constants,
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 With p (or log p) the result of forward and g its gradient, b = 1/T (csrc/cpu/softmax.h):
     softmax      dz = b p (g - sum g p)          log_softmax   dz = b (g - p sum g)          dT = -sum log p dz
-A masked token (p = 0, log p = -inf) takes no part. Two looks at g and the result, one write; where the second look finds
-them is settled as in softmax.py: whole rows last to first, or segments while all of it is in the L2 cache.
+A masked token (p = 0, log p = -inf) takes no part. Two looks at g and the result, one write; where the second look
+finds them is settled as in softmax.py: whole rows last to first, or segments while all of it is in the L2 cache.
 """
 
 from __future__ import annotations
@@ -25,20 +25,27 @@ def _add_products(total, grads, results, LOG: tl.constexpr):
         if LOG:
             total += tl.where(results[i] > -float("inf"), grads[i], 0.0)
         else:
-            total = tl.fma(tl.where(results[i] > 0.0, grads[i], 0.0), results[i], total)
+            total += tl.where(results[i] > 0.0, grads[i] * results[i], 0.0)
     return total
 
 
 @triton.jit
 def _segment_product(
-    grad, result, count, LOG: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+    grad,
+    result,
+    count,
+    LOG: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     TILE: tl.constexpr = LANES * VECTOR * UNROLL
     total = tl.zeros([LANES], tl.float32)
     whole = count // TILE * TILE
     for at in tl.range(0, whole, TILE):
-        grads = load_tile(grad + at, LANES, VECTOR, UNROLL)
-        total = _add_products(total, grads, load_tile(result + at, LANES, VECTOR, UNROLL), LOG)
+        grads = load_tile(grad, at, ALIGN, LANES, VECTOR, UNROLL)
+        total = _add_products(total, grads, load_tile(result, at, ALIGN, LANES, VECTOR, UNROLL), LOG)
     if whole < count:  # beyond the row the result is -inf: masked either way
         grads = load_tail(grad + whole, count - whole, LANES, VECTOR, UNROLL)
         total = _add_products(total, grads, load_tail(result + whole, count - whole, LANES, VECTOR, UNROLL), LOG)
@@ -108,12 +115,12 @@ def _rows(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b = (1.0 / tl.load(temperature + row * temperature_stride)).to(tl.float32)
-    g = tl.multiple_of(row_of(grad, row, inner, outer_stride, inner_stride), ALIGN)
-    r = tl.multiple_of(result + row * width, ALIGN)
+    g = row_of(grad, row, inner, outer_stride, inner_stride)
+    r = result + row * width
     total = tl.full([], 0.0, tl.float64)
     for start in tl.range(0, vocab, SEGMENT):
         count = tl.minimum(vocab - start, SEGMENT)
-        total += _segment_product(g + start, r + start, count, LOG, LANES, VECTOR, UNROLL).to(tl.float64)
+        total += _segment_product(g + start, r + start, count, LOG, ALIGN, LANES, VECTOR, UNROLL).to(tl.float64)
     tl.store(totals + row, total)
     target = out + row * width
     _write_gradient(
@@ -134,14 +141,14 @@ def _segments(
     part = tl.program_id(0).to(tl.int64)
     row = part // segments
     start = (part % segments).to(tl.int32) * SEGMENT
-    g = tl.multiple_of(row_of(grad, row, inner, outer_stride, inner_stride) + start, ALIGN)
-    r = tl.multiple_of(result + row * width + start, ALIGN)
+    g = row_of(grad, row, inner, outer_stride, inner_stride) + start
+    r = result + row * width + start
     count = tl.minimum(vocab - start, SEGMENT)
-    tl.store(products + part, _segment_product(g, r, count, LOG, LANES, VECTOR, UNROLL))
+    tl.store(products + part, _segment_product(g, r, count, LOG, ALIGN, LANES, VECTOR, UNROLL))
 
 
-@triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "width", "temperature_stride", "segments",
-                               "chunks"])  # fmt: skip
+@triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "width", "temperature_stride",
+                               "segments", "chunks"])  # fmt: skip
 def _write(
     grad, inner, outer_stride, inner_stride, result, out, logsumexp, vocab, width, temperature, temperature_stride,
     products, segments, totals, chunks,
@@ -188,14 +195,14 @@ def _temperature_segments(
     grad, inner, outer_stride, inner_stride, result, vocab, width, temperature, temperature_stride, totals,
     sums,  # float32 (N, S)
     segments,
-    LOG: tl.constexpr, ALIGN: tl.constexpr,
+    LOG: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
     row = part // segments
     start = (part % segments).to(tl.int32) * SEGMENT
-    g = tl.multiple_of(row_of(grad, row, inner, outer_stride, inner_stride) + start, ALIGN)
-    r = tl.multiple_of(result + row * width + start, ALIGN)
+    g = row_of(grad, row, inner, outer_stride, inner_stride) + start
+    r = result + row * width + start
     b = (1.0 / tl.load(temperature + row * temperature_stride)).to(tl.float32)
     total = tl.load(totals + row).to(tl.float32)
     sum = tl.zeros([LANES], tl.float32)
@@ -228,7 +235,8 @@ def backward(
     vocab_size: int,
     log: bool,
 ) -> None:
-    """Fill ``out``, contiguous, with the gradient to the logits, and float64 (N,) with that to the temperature of each row.
+    """Fill ``out``, contiguous, with the gradient to the logits, and float64 (N,) with that to the temperature of each
+    row.
 
     Args:
         grad: upstream, columns adjacent, rows by ``layout``; ``result`` is the contiguous output of forward.
@@ -236,7 +244,7 @@ def backward(
     n_rows, width = layout[0], grad.shape[-1]
     if n_rows == 0:
         return
-    cut = launch.tiling(vocab_size, grad.dtype, warps=launch.ROW_WARPS)
+    cut = launch.tiling(vocab_size, grad.dtype, lanes=launch.ROW_LANES)
     segments = cut.segments(vocab_size)
     device = grad.device
     flat = (n_rows, n_rows, 0, width)
@@ -262,12 +270,13 @@ def backward(
         chunks = -(-width // chunk)
         _write[(n_rows * chunks,)](
             grad, *layout[1:], result, out, logsumexp, vocab_size, width, temperature, stride, products, segments,
-            totals, chunks, LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **constants,
+            totals, chunks, LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps,
+            **launch.EXACT, **constants,
         )  # fmt: skip
     if grad_temperature is not None:
         sums = torch.empty(n_rows * segments, dtype=torch.float32, device=device)
         _temperature_segments[(n_rows * segments,)](
             grad, *layout[1:], result, vocab_size, width, temperature, stride, totals, sums, segments, LOG=log,
-            ALIGN=align, **cut.constants(),
+            **cut._replace(unroll=1).constants(),
         )  # fmt: skip
-        _temperature[(n_rows,)](sums, segments, logsumexp, grad_temperature, num_warps=1)
+        _temperature[(n_rows,)](sums, segments, logsumexp, grad_temperature, num_warps=1, **launch.EXACT)

@@ -1,8 +1,9 @@
 """statistics, forward: one read of the logits -> everything of TokenStatistics. Not yet run on a GPU.
 
-Two kernels. ``_segments``: one program per segment of a row and group of temperatures; it reads its logits once and leaves
-a state of 6 + 4 K numbers. ``_finish``: one warp per row merges the states in the order of the segments, in float64, gathers
-the selected logits, and writes all results. A row costs 24 + 16 K bytes of states per 64 KiB read: under 0.2%.
+Two kernels. ``_segments``: one program per segment of a row and group of temperatures; it reads its logits once and
+leaves a state of 6 + 4 K numbers. ``_finish``: one warp per row merges the states in the order of the segments, in
+float64, gathers the selected logits, and writes all results. A row costs 24 + 16 K bytes of states per 64 KiB read:
+under 0.2%.
 
 Because segments depend on V and dtype alone and always merge in the second kernel, a row has the same bits alone or in
 any batch, and few long rows still fill the machine.
@@ -38,7 +39,8 @@ from .row_state import (
 )
 
 # More selected tokens a row than this are ranked in a read of their own, which compares only what passes the lowest of
-# them: cheaper than 4 instructions per element and token here, where an H100 leaves 18 before memory stops being the limit.
+# them: cheaper than 4 instructions per element and token here, where an H100 leaves 18 before memory stops being the
+# limit.
 MAX_RANKED_ALONG = 2
 
 
@@ -106,7 +108,7 @@ def _segments(
         if is_skipped(ids, begin, end, ignore_index):
             return
     count = tl.minimum(vocab - start, SEGMENT)
-    pointer = tl.multiple_of(row_of(x, row, inner, outer_stride, inner_stride) + start, ALIGN)
+    pointer = row_of(x, row, inner, outer_stride, inner_stride) + start
     lane = tl.arange(0, LANES)
 
     c = ()
@@ -133,7 +135,7 @@ def _segments(
 
     whole = count // TILE * TILE
     for at in tl.range(0, whole, TILE):
-        values = load_tile(pointer + at, LANES, VECTOR, UNROLL)
+        values = load_tile(pointer, at, ALIGN, LANES, VECTOR, UNROLL)
         total, square = add_spread(total, square, values, center)
         top, where, state, tally, above = _add_tile(
             values, at // VECTOR, top, where, state, tally, above, c, limits, LANES, VECTOR, UNROLL
@@ -387,7 +389,7 @@ def forward(
         *common, reals, integers, sums, counts, masses, segments, rows, scalars, log_prob, argmax,
         n_greater if ranked else None, n_equal if ranked else None, mass_greater if ranked else None, saved, n_rows,
         RANKED=ranked, SEGMENT=cut.segment, VECTOR=cut.vector, PARTS=launch.next_power_of_two(segments),
-        COLUMNS=min(launch.next_power_of_two(k), 16), num_warps=1,
+        COLUMNS=min(launch.next_power_of_two(k), 16), num_warps=1, **launch.EXACT,
     )  # fmt: skip
 
 

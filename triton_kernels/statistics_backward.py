@@ -1,13 +1,15 @@
 """statistics, backward: one read of the logits and one write, whatever the upstream gradients. Not yet run on a GPU.
 
-The derivation is in csrc/cpu/statistics_backward.h. With y = z - max z, e = 2^(c y) and everything that depends on the row
-alone folded into coefficients,
-    dz_v = unit + slope y + sum_k e (constant + t (linear + t square) + power e),   t = c y, clamped where e is 0 anyway,
+The derivation is in csrc/cpu/statistics_backward.h. With y = z - max z, e = 2^(c y) and everything that depends on the
+row alone folded into coefficients,
+    dz_v = unit + slope y + sum_k e (constant + t (linear + t square) + power e),   t = c y, clamped where e is 0
+    anyway,
 and selected tokens, and the token that owns max_prob, get a term of their own.
 
-Three kernels. ``_prepare``: one warp per row turns the upstream gradients into coefficients, in float64, and works out the
-whole gradient of the selected columns while the logits are still there (the result may replace them). ``_gradient``: the
-pass over the row; K is a run-time loop over coefficients, the logits stay in registers. ``_scatter``: the selected columns.
+Three kernels. ``_prepare``: one warp per row turns the upstream gradients into coefficients, in float64, and works out
+the whole gradient of the selected columns while the logits are still there (the result may replace them).
+``_gradient``: the pass over the row; K is a run-time loop over coefficients, the logits stay in registers.
+``_scatter``: the selected columns.
 """
 
 from __future__ import annotations
@@ -284,7 +286,7 @@ def backward(
     _prepare[(n_rows,)](
         logits, *layout[1:], vocab_size, temperature, k if temperature.shape[0] > 1 else 0, k, index, per_row, offsets,
         ignore_index, grad_rows, grad_scalars, grad_log_prob, rows, scalars, argmax, saved, terms, columns, values,
-        top_columns, top_values, n_rows, COLUMNS=launch.next_power_of_two(k), TOKENS=16, num_warps=1,
+        top_columns, top_values, n_rows, COLUMNS=launch.next_power_of_two(k), TOKENS=16, num_warps=1, **launch.EXACT,
     )  # fmt: skip
     cut = launch.tiling(vocab_size, logits.dtype)
     chunk = launch.chunk(cut)
@@ -292,8 +294,18 @@ def backward(
     _gradient[(n_rows * chunks,)](
         logits, *layout[1:], out, *out_layout[1:], vocab_size, width, terms, k, chunks,
         X_ALIGN=launch.relative_alignment(logits, layout, out, out_layout), SIZE=logits.element_size(),
-        LANES=cut.lanes, VECTOR=cut.vector, TILE=cut.tile, CHUNK=chunk, num_warps=cut.warps,
+        LANES=cut.lanes, VECTOR=cut.vector, TILE=cut.tile, CHUNK=chunk, num_warps=cut.warps, **launch.EXACT,
     )  # fmt: skip
     _scatter[(n_rows,)](
-        out, *out_layout[1:], per_row, offsets, columns, values, top_columns, top_values, TOKENS=32, num_warps=1
+        out,
+        *out_layout[1:],
+        per_row,
+        offsets,
+        columns,
+        values,
+        top_columns,
+        top_values,
+        TOKENS=32,
+        num_warps=1,
+        **launch.EXACT,
     )

@@ -6,6 +6,7 @@
 // 2,048 columns (from memory) finds the maximum, a second (from the first-level cache) sums. Each block's sums are added
 // to second-level accumulators, so no float32 sum is longer than a few hundred terms.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "../row_state.h"
@@ -162,7 +163,8 @@ FASTCALIB_ONE_BODY typename S::real sum_once(const T* x, int64_t n, typename S::
     return S::reduce_max(S::max(top[0], top[1]));
 }
 
-// Sums of G neighbouring temperatures over a block of n values, a multiple of the vector length.
+// Sums of G neighbouring temperatures over a block of n values, a multiple of the vector length. Several share y and its
+// square, and their moments are brought from y to t = c y on the way out.
 template <class S, int G, bool WithSpread>
 FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::real max, const double* c, Lanes<S>* sums,
                          Ahead& ahead, Spread<S>& spread) {
@@ -174,23 +176,30 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
     vec scale[G];
     for (auto& l : lanes) l.clear();
     for (int g = 0; g < G; ++g) scale[g] = S::set(real(c[g]));
+    // Clamps turn -inf into a negligible 2^-126: that of y leaves it finite, those of t keep the exponent in range.
     const vec m = S::set(max), least = S::set(S::lowest_exponent);
+    const vec floor = S::set(real(S::lowest_exponent / *std::min_element(c, c + G)));
     int64_t i = 0;
     const auto step = [&](int64_t at, int chain) __attribute__((always_inline)) {
         ahead.next();
-        const vec z = S::load(values + at), y = z - m;
+        const vec z = S::load(values + at);
         if constexpr (WithSpread) (chain ? odd : spread).add(z);
-        for (int g = 0; g < G; ++g) {
-            const vec t = S::max(y * scale[g], least);  // also turns -inf into a negligible 2^-126
-            lanes[g * chains + chain].add(S::exp2(t), t);
+        if constexpr (G == 1) {
+            const vec t = S::max((z - m) * scale[0], least);
+            lanes[chain].add(S::exp2(t), t);
+        } else {
+            const vec y = S::max(z - m, floor), y2 = y * y;
+            for (int g = 0; g < G; ++g) lanes[g].add(S::exp2(S::max(y * scale[g], least)), y, y2);
         }
     };
     for (; i + chains * S::lanes <= n; i += chains * S::lanes)
         for (int chain = 0; chain < chains; ++chain) step(i + chain * S::lanes, chain);
     for (; i < n; i += S::lanes) step(i, 0);
     // Two chains hide the latency of the additions where one temperature alone would not.
-    for (int g = 0; g < G; ++g)
-        for (int chain = 0; chain < chains; ++chain) sums[g].add(lanes[g * chains + chain]);
+    if constexpr (G == 1)
+        for (int chain = 0; chain < chains; ++chain) sums[0].add(lanes[chain]);
+    else
+        for (int g = 0; g < G; ++g) sums[g].add(lanes[g], scale[g]);
     if constexpr (WithSpread && chains > 1) {
         spread.sum = spread.sum + odd.sum;
         spread.square = spread.square + odd.square;

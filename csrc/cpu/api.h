@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../row_state.h"
+
 namespace fastcalib {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -12,7 +14,7 @@ struct Matrix {
     int dtype = kFloat32;
     int64_t rows = 0, inner = 1, outer_stride = 0, inner_stride = 0;
 
-    template <class T> T* row(int64_t r) const {
+    template <class T> FASTCALIB_HD T* row(int64_t r) const {
         return static_cast<T*>(data) + (r / inner) * outer_stride + (r % inner) * inner_stride;
     }
 };
@@ -21,7 +23,7 @@ struct Matrix {
 struct Temperatures {
     const double* data = nullptr;
     int64_t rows = 0, count = 0;
-    const double* row(int64_t r) const { return data + (rows == 1 ? 0 : r * count); }
+    FASTCALIB_HD const double* row(int64_t r) const { return data + (rows == 1 ? 0 : r * count); }
 };
 
 // Selected tokens: ids of row r are [begin(r), end(r)), either per_row each or ragged by offsets.
@@ -30,8 +32,8 @@ struct Selection {
     int64_t per_row = 0;
     const int64_t* offsets = nullptr;
     int64_t ignore_index = -100;
-    int64_t begin(int64_t r) const { return offsets ? offsets[r] : r * per_row; }
-    int64_t end(int64_t r) const { return offsets ? offsets[r + 1] : (r + 1) * per_row; }
+    FASTCALIB_HD int64_t begin(int64_t r) const { return offsets ? offsets[r] : r * per_row; }
+    FASTCALIB_HD int64_t end(int64_t r) const { return offsets ? offsets[r + 1] : (r + 1) * per_row; }
     // A row all of whose tokens are ignored is not read at all.
     bool skips(int64_t r) const {
         if (!ids || begin(r) == end(r)) return false;

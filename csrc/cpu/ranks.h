@@ -18,7 +18,7 @@
 
 namespace fastcalib::FASTCALIB_ISA {
 
-constexpr int64_t kCompareAll = 64;  // up to this many distinct thresholds, comparing with each beats searching
+constexpr int64_t kCompareAll = 32;  // up to this many distinct thresholds, comparing with each beats searching (Zen 4; Ice Lake: 64)
 constexpr int kCopies = 2;           // histogram copies: neighbouring elements often share a bin
 
 template <class Real> struct RankPlan {

@@ -1,6 +1,7 @@
 """Calibration over a corpus: mergeable O(bins) states and the temperature that minimises NLL (spec, section 6)."""
 
 from .bins import AdaptiveECE, Reliability
+from .full import FullCalibrationState
 from .state import CalibrationState
 from .temperature import (
     NLLSums,
@@ -13,6 +14,7 @@ from .temperature import (
 __all__ = [
     "AdaptiveECE",
     "CalibrationState",
+    "FullCalibrationState",
     "NLLSums",
     "Reliability",
     "TemperatureFit",

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..ops._arguments import INTEGERS
 from ..ops.types import TokenStatistics
-from .bins import AdaptiveECE, Reliability, adaptive_error, calibration_error, cell_index, check_count, reliability
+from .bins import AdaptiveECE, adaptive_error, calibration_error, cell_index
+from .mergeable import BinnedState, on_grid
 from .temperature import NLLSums
 
-# Contributions are rounded to multiples of 2^-24 (3e-8, below the rounding of the float32 statistics themselves). Sums
-# of such numbers are exact in float64 while they stay below 2^29 = 5e8, hence the same bits in any order and grouping.
-GRID = float(2**24)
 RANK_BINS = 32  # 1, 2, 3-4, 5-8, ...: enough for any vocabulary below 2^31
 
 
-def _on_grid(x: Tensor) -> Tensor:
-    return x.double().mul(GRID).round().div(GRID)
-
-
-def _as_temperatures(temperatures: float | Iterable[float]) -> tuple[float, ...]:
-    numbers: tuple[float, ...] = ()
-    try:
-        single = not isinstance(temperatures, Iterable) or (isinstance(temperatures, Tensor) and not temperatures.dim())
-        numbers = tuple(float(t) for t in ((temperatures,) if single else temperatures))  # type: ignore[arg-type, union-attr]
-    except (TypeError, ValueError):
-        pass  # of no use, and said so below
-    if not numbers or not all(0 < t < math.inf for t in numbers):
-        raise ValueError(
-            "CalibrationState: temperatures must be a positive finite number or a sequence of them, got "
-            f"{temperatures!r}"
-        )
-    return numbers
-
-
-class CalibrationState:
+class CalibrationState(BinnedState):
     """Calibration of the top-1 token and of the target at K temperatures, in O(bins) memory however many tokens.
 
     States over disjoint tokens merge exactly: the result is the same, bit for bit, in whatever order and grouping
@@ -73,40 +51,15 @@ class CalibrationState:
 
     _SCALARS = ("n_tokens", "n_undefined", "hits", "ties")
     _SUMS = ("sum_nll", "sum_entropy", "sum_brier", "sum_var")
-    _CELLS = ("cell_count", "cell_hits", "cell_confidence")
-    _TENSORS = (*_SCALARS, *_SUMS, *_CELLS, "rank_count")
+    _COUNTS: ClassVar[Mapping[str, int]] = {"rank_count": RANK_BINS}
 
-    n_tokens: Tensor
-    n_undefined: Tensor
     hits: Tensor
     ties: Tensor
     sum_nll: Tensor
     sum_entropy: Tensor
     sum_brier: Tensor
     sum_var: Tensor
-    cell_count: Tensor
-    cell_hits: Tensor
-    cell_confidence: Tensor
     rank_count: Tensor
-
-    def __init__(
-        self,
-        temperatures: float | Iterable[float] = 1.0,
-        *,
-        cells: int = 3840,
-        device: torch.device | str | None = None,
-    ) -> None:
-        self.temperatures = _as_temperatures(temperatures)
-        check_count("CalibrationState: cells", cells)
-        k = len(self.temperatures)
-        for name in self._SCALARS:
-            setattr(self, name, torch.zeros((), dtype=torch.int64, device=device))
-        for name in self._SUMS:
-            setattr(self, name, torch.zeros(k, dtype=torch.float64, device=device))
-        for name in self._CELLS:
-            dtype = torch.float64 if name == "cell_confidence" else torch.int64
-            setattr(self, name, torch.zeros(k, cells, dtype=dtype, device=device))
-        self.rank_count = torch.zeros(RANK_BINS, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, stats: TokenStatistics, target: Tensor, ignore_index: int = -100) -> None:
@@ -153,69 +106,22 @@ class CalibrationState:
         self.n_undefined += (wanted & ~defined).sum()
         self.hits += hit.sum()
         brier = 1.0 - 2.0 * log_prob.exp() + rows(stats.collision).double()
-        self.sum_nll += _on_grid(-log_prob).sum(0)
+        self.sum_nll += on_grid(-log_prob).sum(0)
         for total, x in ((self.sum_entropy, stats.entropy), (self.sum_var, stats.var_logit)):
-            total += _on_grid(torch.where(keep, rows(x), 0.0)).sum(0)
-        self.sum_brier += _on_grid(torch.where(keep, brier, 0.0)).sum(0)
+            total += on_grid(torch.where(keep, rows(x), 0.0)).sum(0)
+        self.sum_brier += on_grid(torch.where(keep, brier, 0.0)).sum(0)
 
         confidence = torch.where(keep, rows(stats.max_prob), 0.0)
-        cell = cell_index(confidence, self.cell_count.shape[1]).t()
+        cell = cell_index(confidence, self.cells).t()
         self.cell_count.scatter_add_(1, cell, use.long().expand(k, -1))
         self.cell_hits.scatter_add_(1, cell, hit.long().expand(k, -1))
-        self.cell_confidence.scatter_add_(1, cell, _on_grid(confidence).t())
+        self.cell_confidence.scatter_add_(1, cell, on_grid(confidence).t())
 
         if stats.n_greater is not None and stats.n_equal is not None:
             n_greater, n_equal = (x.to(device).reshape(-1) for x in (stats.n_greater, stats.n_equal))
             edges = 2 ** torch.arange(RANK_BINS, device=device)
             self.rank_count.index_add_(0, torch.searchsorted(edges, n_greater + 1), use.long())
             self.ties += ((n_equal > 0) & use).sum()
-
-    def merge(self, other: CalibrationState) -> CalibrationState:
-        """The state of both token sets together; neither argument changes.
-
-        Raises:
-            ValueError: other temperatures or another number of cells.
-        """
-        if not isinstance(other, CalibrationState):
-            raise TypeError(f"merge: needs another CalibrationState, got {type(other).__name__}")
-        if self.temperatures != other.temperatures or self.cell_count.shape != other.cell_count.shape:
-            mine, theirs = ((s.temperatures, s.cell_count.shape[1]) for s in (self, other))
-            raise ValueError(f"merge: states must agree in temperatures and cells, got {mine} and {theirs}")
-        out = CalibrationState(self.temperatures, cells=self.cell_count.shape[1], device=self.hits.device)
-        for name in self._TENSORS:
-            x: Tensor = getattr(self, name)
-            setattr(out, name, x + getattr(other, name).to(x.device))
-        return out
-
-    def select(self, indices: Sequence[int]) -> CalibrationState:
-        """The same tokens at some of the temperatures, given by position."""
-        index = list(indices) if isinstance(indices, Iterable) else [indices]
-        k = len(self.temperatures)
-        if not index or not all(isinstance(i, int) and -k <= i < k for i in index):
-            raise ValueError(f"select: needs positions among the {k} temperatures {self.temperatures}, got {indices!r}")
-        out = CalibrationState(
-            [self.temperatures[i] for i in index], cells=self.cell_count.shape[1], device=self.hits.device
-        )
-        for name in self._TENSORS:
-            x: Tensor = getattr(self, name)
-            setattr(out, name, x[index] if name in self._SUMS + self._CELLS else x.clone())
-        return out
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything as tensors (temperatures as float64), for ``torch.save`` or safetensors."""
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
-        return {"temperatures": torch.tensor(self.temperatures, dtype=torch.float64), **tensors}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> CalibrationState:
-        """The inverse of :meth:`state_dict`; ValueError if an entry is missing."""
-        missing = [name for name in ("temperatures", *cls._TENSORS) if name not in state]
-        if missing:
-            raise ValueError(f"from_state_dict: missing {', '.join(missing)}")
-        out = cls(state["temperatures"].tolist(), cells=state["cell_count"].shape[1])
-        for name in cls._TENSORS:
-            setattr(out, name, state[name].clone())
-        return out
 
     def nll_sums(self) -> NLLSums:
         """NLL and its first two derivatives in 1/T, summed over tokens; what a temperature fit needs."""
@@ -254,10 +160,6 @@ class CalibrationState:
     def brier(self) -> Tensor:
         """Mean Brier score ``1 - 2 p_y + sum_v p_v^2``, between 0 and 2."""
         return self.sum_brier / self.n_tokens
-
-    def reliability(self, n_bins: int = 15) -> Reliability:
-        """Reliability diagram with equal-width bins, closed on the right, the first also on the left."""
-        return reliability(self.cell_count, self.cell_hits, self.cell_confidence, n_bins)
 
     def ece(self, n_bins: int = 15) -> Tensor:
         """Expected calibration error of the top-1 token (l1; Guo et al. 2017, arXiv 1706.04599, eq. 3)."""

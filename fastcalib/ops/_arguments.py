@@ -230,7 +230,7 @@ def raise_bad_target(target: Tensor, vocab_size: int, ignore_index: int) -> NoRe
 
 
 def outside(ids: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """Where an id is neither a token nor ``ignore_index``."""
+    """Which ids are neither in [0, vocab_size) nor ignore_index."""
     return ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
 
 

@@ -6,7 +6,6 @@ that device, and never waits for it. Neither has been run on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import cuda_extension
+from . import _cuda
 from ._arguments import Index, RowLayout, outside, raise_bad_id, row_layout
 
 Layout = tuple[int, int, int, int]
@@ -52,18 +51,9 @@ def validate_ids(index: Index, vocab_size: int, ignore_index: int) -> None:
         raise_bad_id(index, int(bad.nonzero()[0]), vocab_size, ignore_index)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _run_cuda(function: Callable[..., int], logits: Tensor, *arguments: Any) -> None:
-    """Ask for the size of the workspace, allocate it through PyTorch, launch."""
-    device = logits.device.index
-    stream = torch.cuda.current_stream(logits.device)
-    size = function(*arguments, 0, device, stream.cuda_stream)
-    # At least a byte: a workspace of 0 means "how much?". PyTorch reuses it in the order of the stream.
-    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=logits.device)
-    function(*arguments, workspace.data_ptr(), device, stream.cuda_stream)
+def serves(logits: Tensor, backend: str) -> bool:
+    """Whether a call goes to an accelerator; on CPU tensors that is Triton's interpreter or an emulated device."""
+    return logits.is_cuda or backend in ("triton", "cuda")
 
 
 def statistics_forward(
@@ -83,10 +73,8 @@ def statistics_forward(
     layout, temperature = row_layout(logits), temperature.contiguous()
     with on_device(logits):
         if backend == "cuda":
-            _run_cuda(
-                cuda_extension("cuda_statistics_forward"), logits, *layout.args(), vocab_size, temperature.data_ptr(),
-                *temperature.shape, _pointer(index), 0 if index is None else index.shape[0], per_row, _pointer(offsets),
-                ignore_index, ranks, *(t.data_ptr() for t in out),
+            _cuda.statistics_forward(
+                out, logits, temperature, index, per_row, offsets, vocab_size, ignore_index, ranks
             )  # fmt: skip
             return
         rows, saved, k = out[0], out[7], temperature.shape[1]
@@ -124,14 +112,12 @@ def statistics_backward(
     """Write the gradient to the logits into ``out``, which may be the logits."""
     check_dtype(logits)
     layout, target, temperature = row_layout(logits), row_layout(out), temperature.contiguous()
-    upstream = [t.contiguous() for t in (grad_rows, grad_scalars, grad_log_prob)]
+    upstream = (grad_rows.contiguous(), grad_scalars.contiguous(), grad_log_prob.contiguous())
     with on_device(logits):
         if backend == "cuda":
-            _run_cuda(
-                cuda_extension("cuda_statistics_backward"), logits, *layout.args(), vocab_size, logits.shape[-1],
-                temperature.data_ptr(), *temperature.shape, _pointer(index), per_row, _pointer(offsets), ignore_index,
-                *(t.data_ptr() for t in (rows, scalars, saved, *upstream)),
-                target.tensor.data_ptr(), target.inner, target.outer_stride, target.inner_stride,
+            _cuda.statistics_backward(
+                out, *upstream, logits, temperature, index, per_row, offsets, rows, scalars, saved, vocab_size,
+                ignore_index,
             )  # fmt: skip
             return
         if argmax is None:
@@ -161,10 +147,8 @@ def ranks(
     temperature = None if temperature is None else temperature.contiguous()
     with on_device(logits):
         if backend == "cuda":
-            _run_cuda(
-                cuda_extension("cuda_ranks"), logits, *layout.args(), vocab_size, _pointer(index), _pointer(thresholds),
-                out[0].shape[0], per_row, _pointer(offsets), ignore_index, _pointer(temperature),
-                *((0, 0) if temperature is None else temperature.shape), *(t.data_ptr() for t in out),
+            _cuda.ranks(
+                out, logits, index, thresholds, per_row, offsets, temperature, vocab_size, ignore_index
             )  # fmt: skip
             return
         kernels("ranks").forward(

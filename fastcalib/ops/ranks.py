@@ -28,7 +28,8 @@ from .types import TokenRanks
 
 LIBRARY.define(
     "ranks(Tensor logits, Tensor? index, Tensor? thresholds, SymInt per_row, Tensor? offsets, Tensor? temperature, "
-    "SymInt vocab_size, int ignore_index, str backend='auto') -> (Tensor n_greater, Tensor n_equal, Tensor mass_greater)"
+    "SymInt vocab_size, int ignore_index, str backend='auto') "
+    "-> (Tensor n_greater, Tensor n_equal, Tensor mass_greater)"
 )
 
 
@@ -44,7 +45,7 @@ def _allocate(
     return counts, torch.empty_like(counts), mass
 
 
-def _forward_cpu(
+def _forward(
     logits: Tensor,
     index: Tensor | None,
     thresholds: Tensor | None,
@@ -55,12 +56,11 @@ def _forward_cpu(
     ignore_index: int,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":  # Triton's interpreter, or an emulated device
-        return _forward_gpu(
-            logits, index, thresholds, per_row, offsets, temperature, vocab_size, ignore_index, backend
-        )  # fmt: skip
-    layout = row_layout(logits)
     out = _allocate(logits, index, thresholds, temperature)
+    if _gpu.serves(logits, backend):
+        _gpu.ranks(out, logits, index, thresholds, per_row, offsets, temperature, vocab_size, ignore_index, backend)
+        return out
+    layout = row_layout(logits)
     if thresholds is not None:
         thresholds = thresholds.contiguous()
     if temperature is not None:
@@ -82,24 +82,6 @@ def _forward_cpu(
     if bad >= 0:
         assert index is not None
         raise_bad_id(flat_index(index, per_row, offsets, logits), bad, vocab_size, ignore_index)
-    return out
-
-
-def _forward_gpu(
-    logits: Tensor,
-    index: Tensor | None,
-    thresholds: Tensor | None,
-    per_row: int,
-    offsets: Tensor | None,
-    temperature: Tensor | None,
-    vocab_size: int,
-    ignore_index: int,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = _allocate(logits, index, thresholds, temperature)
-    _gpu.ranks(
-        out, logits, index, thresholds, per_row, offsets, temperature, vocab_size, ignore_index, backend
-    )  # fmt: skip
     return out
 
 
@@ -125,8 +107,8 @@ def _autograd(ctx: object, *_: object) -> tuple:
     return (None,) * 9  # counts have no gradient
 
 
-LIBRARY.impl("ranks", _forward_cpu, "CPU")
-LIBRARY.impl("ranks", _forward_gpu, "CUDA")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("ranks", _forward, _device)
 torch.library.register_fake("fastcalib::ranks", _forward_fake, lib=LIBRARY)
 torch.library.register_autograd("fastcalib::ranks", _autograd, setup_context=_setup_context, lib=LIBRARY)
 

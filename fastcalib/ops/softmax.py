@@ -35,7 +35,7 @@ def _forward(
     logits: Tensor, temperature: Tensor, vocab_size: int, log: bool, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     out, logsumexp = empty_like_logits(logits), _allocate_logsumexp(logits)
-    if logits.is_cuda or backend == "triton":
+    if _gpu.serves(logits, backend):
         _gpu.softmax_forward(out, logsumexp, logits, temperature, vocab_size, log, backend)
         return out, logsumexp
     layout, temperature = row_layout(logits), temperature.contiguous()
@@ -67,7 +67,7 @@ def _backward(
     output = output.contiguous()
     grad_logits = empty_like_logits(grad)
     per_row = torch.zeros(layout.n_rows if temperature_grad else 0, dtype=torch.float64, device=grad.device)
-    if grad.is_cuda or backend == "triton":
+    if _gpu.serves(grad, backend):
         _gpu.softmax_backward(
             grad_logits, per_row if temperature_grad else None, grad, output, logsumexp, temperature, vocab_size, log,
             backend,

@@ -74,7 +74,7 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _forward_cpu(
+def _forward(
     logits: Tensor,
     temperature: Tensor,
     index: Tensor | None,
@@ -86,12 +86,14 @@ def _forward_cpu(
     backend: str = "auto",
     moments: bool = True,
 ) -> tuple[Tensor, ...]:
-    if backend == "triton":  # Triton's interpreter, or an emulated device
-        return _forward_gpu(
-            logits, temperature, index, per_row, offsets, vocab_size, ignore_index, ranks, backend
-        )  # fmt: skip
-    layout = row_layout(logits)
     out = _allocate(logits, temperature, index, ranks)
+    if _gpu.serves(logits, backend):
+        # The moments are computed in any case: they cost no memory traffic, which is what counts there.
+        _gpu.statistics_forward(
+            out, logits, temperature, index, per_row, offsets, vocab_size, ignore_index, ranks, backend
+        )
+        return out
+    layout = row_layout(logits)
     temperature = temperature.contiguous()
     bad = extension().statistics_forward(
         *layout.args(),
@@ -111,25 +113,6 @@ def _forward_cpu(
     if bad >= 0:
         assert index is not None
         raise_bad_id(flat_index(index, per_row, offsets, logits), bad, vocab_size, ignore_index)
-    return out
-
-
-def _forward_gpu(
-    logits: Tensor,
-    temperature: Tensor,
-    index: Tensor | None,
-    per_row: int,
-    offsets: Tensor | None,
-    vocab_size: int,
-    ignore_index: int,
-    ranks: bool,
-    backend: str = "auto",
-    moments: bool = True,  # computed in any case: they cost no memory traffic, which is what counts there
-) -> tuple[Tensor, ...]:
-    out = _allocate(logits, temperature, index, ranks)
-    _gpu.statistics_forward(
-        out, logits, temperature, index, per_row, offsets, vocab_size, ignore_index, ranks, backend
-    )  # fmt: skip
     return out
 
 
@@ -177,7 +160,7 @@ def backward_into(
     layout, target = row_layout(logits), row_layout(out)
     if target.tensor is not out:
         raise ValueError(f"out must have adjacent columns and at most two strides over its rows, got {out.stride()}")
-    if logits.is_cuda or backend == "triton":
+    if _gpu.serves(logits, backend):
         _gpu.statistics_backward(
             out, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, per_row, offsets, rows, scalars,
             argmax, saved, vocab_size, ignore_index, backend,
@@ -370,10 +353,9 @@ def _third_central_moment(logits: Tensor, temperature: Tensor, vocab_size: int) 
     return torch.stack(columns, -1)
 
 
-LIBRARY.impl("statistics", _forward_cpu, "CPU")
-LIBRARY.impl("statistics", _forward_gpu, "CUDA")
-LIBRARY.impl("statistics_backward", _backward, "CPU")
-LIBRARY.impl("statistics_backward", _backward, "CUDA")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("statistics", _forward, _device)
+    LIBRARY.impl("statistics_backward", _backward, _device)
 torch.library.register_fake("fastcalib::statistics", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("fastcalib::statistics_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("fastcalib::statistics", _autograd, setup_context=_setup_context, lib=LIBRARY)
@@ -411,8 +393,8 @@ def statistics(
         ignore_index: an id that stands for "no token".
         backend: "auto", "eager", "cpp", "triton" or "cuda".
         validate: on an accelerator, look whether every id is in the vocabulary, which waits for the device. Without it
-            a bad id there has log_prob NaN and counts of -1, and takes no part in the gradient; on a CPU it is an
-            error.
+            a bad id there has log_prob NaN and counts of -1, and takes no part in the gradient; on a CPU it is always
+            an error.
 
     Returns:
         :class:`TokenStatistics`, in float32 (float64 for float64 logits), natural logarithms.

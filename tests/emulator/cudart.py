@@ -139,7 +139,7 @@ class Library:
 
     @contextlib.contextmanager
     def run(self, *, multiprocessors: int = 132, sm: int = 90, **options: Any) -> Iterator[CudaRun]:
-        """Launches inside the block run here, with `machine.Options`; ``multiprocessors`` is what the device reports."""
+        """Launches inside the block run here, with `machine.Options`; ``multiprocessors`` is what a device says."""
         run = CudaRun(self, Options(**options))
         shared = {80: 166912, 86: 101376, 89: 101376, 120: 101376}.get(sm, 232448)
         self.runtime.stub_set_device(multiprocessors, sm // 10, sm % 10, shared)

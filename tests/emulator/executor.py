@@ -116,13 +116,18 @@ class Batch:
             return next(iter(self.groups))
         for number in self.groups:
             turns.setdefault(number, step)
-        if step % TURN == TURN - 1:
-            return min(self.groups, key=lambda number: (turns[number], number))
         blocks = self.program.blocks
-        for number in sorted(self.groups):
-            if number >= len(blocks) or not blocks[number].converges or self.groups[number].whole_warps():
-                return number
-        return min(self.groups)
+        # Parts of warps at a warp-wide instruction are never in turn while others can run: they wait for those.
+        ready = [
+            number
+            for number in sorted(self.groups)
+            if number >= len(blocks) or not blocks[number].converges or self.groups[number].whole_warps()
+        ]
+        if not ready:
+            return min(self.groups)
+        if step % TURN == TURN - 1:
+            return min(ready, key=lambda number: (turns[number], number))
+        return ready[0]
 
     def _go(self, number: int, lanes: Lanes) -> None:
         there = self.groups.get(number)

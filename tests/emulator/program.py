@@ -111,7 +111,8 @@ class Program:
         for block in self.blocks:
             block.following = block.number + 1
             block.converges = any(
-                i.name in CONVERGING or (i.name in BARRIERS and i.has("warp")) for i in block.instructions
+                i.name in CONVERGING or i.name == "bar" or (i.name in BARRIERS and i.has("warp"))
+                for i in block.instructions
             )
             last = block.last
             if last.name == "bra":

@@ -190,8 +190,8 @@ def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[st
 def triton(sm: int = 90, *, ptxas: bool = True, **options: Any) -> Iterator[Run]:
     """Run Triton kernels here, compiled for sm_NN, until the block ends. Options: `machine.Options`.
 
-    ``ptxas=False`` leaves out the last stage, whose product is not used and which takes half of the time to compile; such
-    kernels have a cache of their own.
+    ``ptxas=False`` leaves out the last stage, whose product is not used and which takes half of the time to compile;
+    such kernels have a cache of their own.
     """
     config, knobs = triton_language.runtime.driver, triton_language.knobs.runtime
     hooks, previous_stages = knobs.kernel_load_start_hook, knobs.add_stages_inspection_hook

@@ -11,7 +11,7 @@ FORMATS = {"f16": (11, -14, 15), "bf16": (8, -126, 127), "f32": (24, -126, 127),
 
 
 def rounded(value: Fraction, name: str, mode: str = "rn") -> float:
-    """The number of a format that an exact value rounds to; overflow gives infinity or, rounded away from it, the largest."""
+    """The number of a format that an exact value rounds to; overflow gives infinity or the largest, by mode."""
     precision, smallest, largest = FORMATS[name]
     if value == 0:
         return 0.0

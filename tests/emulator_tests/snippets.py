@@ -16,8 +16,16 @@ REGISTERS = """.reg .pred %p<16>; .reg .b16 %h<32>; .reg .b32 %r<64>; .reg .b64 
 NUMPY = {
     **{f"{letter}{bits}": f"u{bits // 8}" for letter in "bu" for bits in (8, 16, 32, 64)},
     **{f"s{bits}": f"i{bits // 8}" for bits in (8, 16, 32, 64)},
-    **{"f16": "f2", "f32": "f4", "f64": "f8", "bf16": "u2"},
-    **{"f16x2": "u4", "bf16x2": "u4", "e4m3x2": "u2", "e5m2x2": "u2", "u16x2": "u4", "s16x2": "u4"},
+    "f16": "f2",
+    "f32": "f4",
+    "f64": "f8",
+    "bf16": "u2",
+    "f16x2": "u4",
+    "bf16x2": "u4",
+    "e4m3x2": "u2",
+    "e5m2x2": "u2",
+    "u16x2": "u4",
+    "s16x2": "u4",
 }
 FAMILY = {1: "h", 2: "h", 4: "r", 8: "d"}
 
@@ -31,12 +39,13 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def kernel(body: str, parameters: int, *, shared: int = 0, more: str = "") -> str:
-    """PTX of ``kernel(p0, p1, ...)``: 64-bit parameters in %d0, %d1, ...; %r0 is tid.x, %r1 ctaid.x, %r2 ctaid.x * ntid.x + tid.x."""
+    """PTX of ``kernel(p0, p1, ...)``: parameters in %d0, %d1, ...; %r0 tid.x, %r1 ctaid.x, %r2 the thread's number."""
     names = ", ".join(f".param .u64 p{i}" for i in range(parameters))
     loads = "\n".join(f"ld.param.u64 %d{i}, [p{i}];" for i in range(parameters))
     memory = f".shared .align 16 .b8 buffer[{shared}];" if shared else ""
     start = "mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r3, %ntid.x; mad.lo.u32 %r2, %r1, %r3, %r0;"
-    return f"{HEADER}\n{more}\n.visible .entry kernel({names})\n{{\n{REGISTERS}\n{memory}\n{loads}\n{start}\n{body}\nret;\n}}\n"
+    inside = "\n".join((REGISTERS, memory, loads, start, body, "ret;"))
+    return f"{HEADER}\n{more}\n.visible .entry kernel({names})\n{{\n{inside}\n}}\n"
 
 
 def launch(ptx: str, arguments: Sequence[Any], *, grid: int = 1, block: int = 32, **options: Any) -> Launch:

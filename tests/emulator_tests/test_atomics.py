@@ -36,7 +36,8 @@ def test_operations_return_what_they_found(name: str, space: str) -> None:
     if space == "global":
         body += f"mad.wide.u32 %d21, %r11, 4, %d0; atom.global.{name} %r10, [%d21], %r12;"
     else:
-        body += "mov.u32 %r13, buffer; setp.lt.u32 %p1, %r0, 5; mad.lo.u32 %r14, %r0, 4, %r13; mad.wide.u32 %d22, %r0, 4, %d0;"
+        body += "mov.u32 %r13, buffer; setp.lt.u32 %p1, %r0, 5; mad.lo.u32 %r14, %r0, 4, %r13;"
+        body += "mad.wide.u32 %d22, %r0, 4, %d0;"
         body += "@%p1 ld.global.u32 %r15, [%d22]; @%p1 st.shared.u32 [%r14], %r15; bar.sync 0;"
         body += f"mad.lo.u32 %r16, %r11, 4, %r13; atom.shared.{name} %r10, [%r16], %r12; bar.sync 0;"
         body += "@%p1 ld.shared.u32 %r15, [%r14]; @%p1 st.global.u32 [%d22], %r15;"
@@ -60,7 +61,8 @@ def test_compare_and_swap_as_a_lock() -> None:
 def test_float_add_in_turn(ptx_type: str, dtype: torch.dtype) -> None:
     values, total = torch.randn(64, dtype=dtype), torch.zeros(1, dtype=dtype)
     size, register = dtype.itemsize, "%d10" if ptx_type == "f64" else "%r10"
-    body = f"mad.wide.u32 %d20, %r2, {size}, %d0; ld.global.{ptx_type} {register}, [%d20]; red.global.add.{ptx_type} [%d1], {register};"
+    body = f"mad.wide.u32 %d20, %r2, {size}, %d0; ld.global.{ptx_type} {register}, [%d20];"
+    body += f"red.global.add.{ptx_type} [%d1], {register};"
     launch(kernel(body, 2), [values, total], block=64)
     expected = torch.zeros((), dtype=dtype)
     for value in values:
@@ -76,12 +78,12 @@ def test_packed_and_vector_add() -> None:
 
 
 def test_the_last_block_may_read_what_the_others_released() -> None:
-    """Partial results, a fence, a ticket: no race. Without the fence it is one."""
+    """Partial results, a fence or an atomic of .acq_rel, a ticket: no race. With neither it is one."""
     from tests.emulator import EmulatorError
 
-    def body(fence: str) -> str:
+    def body(fence: str, order: str = "relaxed") -> str:
         return f"""mad.wide.u32 %d20, %r1, 4, %d0; st.global.u32 [%d20], %r1; {fence}
-        mov.b32 %r11, 1; atom.global.add.u32 %r12, [%d1], %r11; setp.ne.u32 %p1, %r12, 7; @%p1 ret; {fence}
+        mov.b32 %r11, 1; atom.{order}.gpu.global.add.u32 %r12, [%d1], %r11; setp.ne.u32 %p1, %r12, 7; @%p1 ret; {fence}
         mov.b32 %r10, 0; mov.b32 %r13, 0; mov.u64 %d21, %d0;
         sum: ld.global.u32 %r14, [%d21]; add.u32 %r10, %r10, %r14; add.u64 %d21, %d21, 4; add.u32 %r13, %r13, 1;
         setp.lt.u32 %p2, %r13, 8; @%p2 bra sum; st.global.u32 [%d2], %r10;"""
@@ -92,8 +94,9 @@ def test_the_last_block_may_read_what_the_others_released() -> None:
             torch.zeros(1, dtype=torch.int32),
             torch.zeros(1, dtype=torch.int32),
         ]
-        launch(kernel(body("membar.gl;"), 3), buffers, grid=8, block=1, batch_lanes=batch)
-        assert buffers[2].item() == 28
-        buffers[1].zero_()
+        for ptx in (kernel(body("membar.gl;"), 3), kernel(body("", "acq_rel"), 3)):
+            launch(ptx, buffers, grid=8, block=1, batch_lanes=batch)
+            assert buffers[2].item() == 28
+            buffers[1].zero_()
         with pytest.raises(EmulatorError, match="race on argument 0"):
             launch(kernel(body(""), 3), buffers, grid=8, block=1, batch_lanes=batch)

@@ -120,7 +120,13 @@ def test_bf16_narrowing_equals_torch_and_exact_arithmetic() -> None:
     assert (wide == bf16(got)).all()
 
 
-@pytest.mark.parametrize(("source", "target"), [("s32", "s8"), ("s32", "u8"), ("u32", "s16"), ("s64", "s32"), ("s64", "u32"), ("u64", "u32"), ("s16", "s64"), ("s8", "s32"), ("u8", "u64")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        tuple(pair.split())
+        for pair in ("s32 s8", "s32 u8", "u32 s16", "s64 s32", "s64 u32", "u64 u32", "s16 s64", "s8 s32", "u8 u64")
+    ],
+)
 def test_integers_wrap_or_saturate(source: str, target: str) -> None:
     values = np.array(edges(source), NUMPY[source])
     bits = int(target[1:])

@@ -38,16 +38,25 @@ def test_threads_that_return_early() -> None:
 
 def test_a_value_written_in_one_branch_only() -> None:
     out = torch.zeros(32, dtype=torch.int32)
-    body = "mov.b32 %r10, 3; setp.lt.u32 %p1, %r0, 4; @!%p1 bra skip; mul.lo.u32 %r10, %r0, 10; skip: @%p1 add.u32 %r10, %r10, 1;"
+    body = "mov.b32 %r10, 3; setp.lt.u32 %p1, %r0, 4; @!%p1 bra skip; mul.lo.u32 %r10, %r0, 10;"
+    body += "skip: @%p1 add.u32 %r10, %r10, 1;"
     launch(kernel(body + STORE, 1), [out])
     assert out.tolist() == [1, 11, 21, 31] + [3] * 28
+
+
+def test_a_guarded_move_keeps_what_an_earlier_block_wrote() -> None:
+    out = torch.zeros(32, dtype=torch.int32)
+    body = "mov.b32 %r10, 3; setp.lt.u32 %p1, %r0, 4; bra.uni next; next: @%p1 mov.b32 %r10, 5;"
+    launch(kernel(body + STORE, 1), [out])
+    assert out.tolist() == [5] * 4 + [3] * 28
 
 
 def test_scopes_hide_names() -> None:
     """Inline assembly opens a scope; its register must not be the outer one of that name, nor its label."""
     out = torch.zeros(32, dtype=torch.int32)
     body = """.reg .b32 %t; mov.b32 %t, 7;
-    { .reg .b32 %t; .reg .pred %w; mov.b32 %t, 0; loop: add.u32 %t, %t, 1; setp.lt.u32 %w, %t, 3; @%w bra loop; mov.b32 %r11, %t; }
+    { .reg .b32 %t; .reg .pred %w; mov.b32 %t, 0; loop: add.u32 %t, %t, 1; setp.lt.u32 %w, %t, 3; @%w bra loop;
+    mov.b32 %r11, %t; }
     { .reg .pred %w; mov.b32 %r12, 0; loop: add.u32 %r12, %r12, 1; setp.lt.u32 %w, %r12, 5; @%w bra loop; }
     mad.lo.u32 %r10, %t, 100, %r11; mad.lo.u32 %r10, %r12, 10, %r10;"""
     launch(kernel(body + STORE, 1), [out])
@@ -109,8 +118,10 @@ def test_the_order_of_the_ctas_can_be_shuffled() -> None:
 
 def test_special_registers_over_three_dimensions() -> None:
     out = torch.zeros(2 * 3 * 4 * 5 * 2, dtype=torch.int32)
-    body = """mov.u32 %r10, %tid.y; mov.u32 %r11, %tid.z; mov.u32 %r12, %ctaid.y; mov.u32 %r13, %nctaid.y; mov.u32 %r14, %ntid.z;
-    mad.lo.u32 %r15, %r12, 2, %r1; mad.lo.u32 %r15, %r15, %r14, %r11; mad.lo.u32 %r15, %r15, 4, %r10; mad.lo.u32 %r15, %r15, 5, %r0;
+    body = """mov.u32 %r10, %tid.y; mov.u32 %r11, %tid.z; mov.u32 %r12, %ctaid.y; mov.u32 %r13, %nctaid.y;
+    mov.u32 %r14, %ntid.z;
+    mad.lo.u32 %r15, %r12, 2, %r1; mad.lo.u32 %r15, %r15, %r14, %r11; mad.lo.u32 %r15, %r15, 4, %r10;
+    mad.lo.u32 %r15, %r15, 5, %r0;
     mov.u32 %r16, %laneid; mov.u32 %r17, %warpid; mad.lo.u32 %r18, %r17, 32, %r16; mad.wide.u32 %d20, %r15, 4, %d0;
     st.global.u32 [%d20], %r18;"""
     from tests.emulator import load

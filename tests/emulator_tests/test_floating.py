@@ -93,7 +93,8 @@ def test_fma_of_halves(name: str) -> None:
     a, b, c = bits
     (got,) = apply(f"fma.rn.{name} %x, %a, %b, %c;", [("u16", a), ("u16", b), ("u16", c)], ["u16"])
     (packed,) = apply(
-        f"mov.b32 %r10, {{%a, %a}}; mov.b32 %r11, {{%b, %b}}; mov.b32 %r12, {{%c, %c}}; fma.rn.{name}x2 %x, %r10, %r11, %r12;",
+        "mov.b32 %r10, {%a, %a}; mov.b32 %r11, {%b, %b}; mov.b32 %r12, {%c, %c};"
+        f"fma.rn.{name}x2 %x, %r10, %r11, %r12;",
         [("u16", a), ("u16", b), ("u16", c)],
         ["b32"],
     )

@@ -100,7 +100,7 @@ def test_parameters_of_every_size_and_a_structure() -> None:
 
 
 def test_shared_local_and_generic_addresses() -> None:
-    """Each thread writes shared memory by a generic address, reads its neighbour's after a barrier, through local memory."""
+    """Each thread writes shared memory generically, reads its neighbour's word, and passes it through local memory."""
     out = torch.zeros(64, dtype=torch.int32)
     body = """.local .align 4 .b8 scratch[8];
     mov.u32 %r10, buffer; cvta.shared.u32 %r11, %r10; cvt.u64.u32 %d10, %r10; cvta.shared.u64 %d10, %d10;

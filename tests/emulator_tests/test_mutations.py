@@ -133,7 +133,7 @@ def copy_tiles(x, y, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("batch_lanes", [1, 16384])
 def test_overlapping_tiles(batch_lanes: int) -> None:
-    """The values are right, by luck: each element is written twice with one value. Seen in one batch and over batches."""
+    """The values are right, by luck: some elements are written twice, with one value. Seen within and over batches."""
     x = torch.randn(1000)
     with emulator.triton(batch_lanes=batch_lanes):
         y = torch.empty(1000)
@@ -244,11 +244,24 @@ def test_reading_output_memory_that_nobody_wrote() -> None:
     assert torch.isfinite(add.zero_()).all()  # torch.empty is torch's own again
 
 
+@pytest.mark.parametrize("second", [7, 8])
+def test_two_warps_may_store_one_value_but_not_two(second: int) -> None:
+    """Triton stores replicated values from several warps; that is no race as long as they agree."""
+    body = "setp.lt.u32 %p1, %r0, 32; @%p1 bra a; mov.b32 %r10, 7; st.shared.u32 [buffer], %r10; bra.uni b;"
+    body += f"a: mov.b32 %r10, {second}; st.shared.u32 [buffer], %r10; b:"
+    if second == 7:
+        launch(kernel(body, 0, shared=16), [], block=64)
+    else:
+        with caught("race on shared memory: write by block .* and write by block"):
+            launch(kernel(body, 0, shared=16), [], block=64)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("setp.lt.u32 %p1, %r0, 32; @%p1 bra a; bar.sync 0; bra.uni b; a: bar.sync 0; b:", "divergent barrier"),
-        ("setp.lt.u32 %p1, %r0, 16; @%p1 bra a; bar.sync 0; a: ", "only a part of a warp"),
+        ("setp.lt.u32 %p1, %r0, 16; @%p1 bra a; bar.sync 0; bra b; a: bar.sync 0; b:", "only a part of a warp"),
+        ("setp.lt.u32 %p1, %r0, 16; @%p1 bra a; bar.sync 0; a: ", "16 threads of the CTA had exited"),
         ("setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;", "32 threads of the CTA had exited"),
         ("setp.lt.u32 %p1, %r0, 32; @%p1 bra a; bar.sync 1; bra.uni b; a: bar.sync 2; b:", "deadlock at barriers"),
         (

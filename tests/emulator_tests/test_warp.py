@@ -54,7 +54,24 @@ def test_votes() -> None:
     assert flags[::32].tolist() == [2, 1 + 4, 2 + 4]
 
 
-@pytest.mark.parametrize(("name", "function"), [("add.s32", np.sum), ("min.s32", np.min), ("max.s32", np.max), ("min.u32", None), ("and.b32", np.bitwise_and.reduce), ("or.b32", np.bitwise_or.reduce), ("xor.b32", np.bitwise_xor.reduce)])  # fmt: skip
+def test_votes_of_the_lanes_whose_guard_holds() -> None:
+    code = "mov.b32 %x, 99; setp.lt.u32 %p1, %a, 8; setp.ge.u32 %p2, %a, 4; @%p1 vote.sync.ballot.b32 %x, %p2, 255;"
+    (got,) = apply(code, [("u32", np.arange(32, dtype=np.uint32))], ["u32"])
+    assert got.tolist() == [0xF0] * 8 + [99] * 24
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("add.s32", np.sum),
+        ("min.s32", np.min),
+        ("max.s32", np.max),
+        ("min.u32", None),
+        ("and.b32", np.bitwise_and.reduce),
+        ("or.b32", np.bitwise_or.reduce),
+        ("xor.b32", np.bitwise_xor.reduce),
+    ],
+)
 def test_reductions(name: str, function: object) -> None:
     values = VALUES.astype(np.int32) - 500
     (got,) = apply(f"redux.sync.{name} %x, %a, -1;", [("s32", values)], ["s32"], block=96)
@@ -96,6 +113,17 @@ def test_lanes_that_parted_meet_again_before_a_shuffle() -> None:
     assert out.tolist() == [160 + odd[0]] * 32 + [160 + odd[1]] * 32
 
 
+def test_a_shuffle_that_comes_first_in_the_code_waits_for_lanes_on_a_later_path() -> None:
+    """The even lanes are at the shuffle at once; the odd ones come back to it from behind."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """and.b32 %r10, %r0, 1; setp.ne.u32 %p1, %r10, 0; mov.b32 %r11, 1; @%p1 bra odd;
+    meet: redux.sync.add.u32 %r12, %r11, -1; bra.uni done;
+    odd: mov.b32 %r11, 10; bra.uni meet;
+    done: mad.wide.u32 %d20, %r2, 4, %d0; st.global.u32 [%d20], %r12;"""
+    launch(kernel(body, 1), [out])
+    assert out.tolist() == [16 + 160] * 32
+
+
 def test_elect() -> None:
     (leader, elected) = apply("elect.sync %x|%p1, -1; selp.u32 %y, 1, 0, %p1;", [("u32", VALUES[:64])], ["u32", "u32"])
     assert (leader == 0).all() and np.flatnonzero(elected).tolist() == [0, 32]
@@ -126,13 +154,16 @@ def test_matrix_fragments() -> None:
     setp.lt.u32 %p1, %r0, 16; mad.wide.u32 %d21, %r0, 16, %d1; @%p1 ld.global.v4.u32 {%r20, %r21, %r22, %r23}, [%d21];
     @%p1 st.shared.v4.u32 [%r11+512], {%r20, %r21, %r22, %r23};
     bar.sync 0;
-    and.b32 %r12, %r0, 15; shl.b32 %r12, %r12, 5; shr.u32 %r13, %r0, 4; mad.lo.u32 %r12, %r13, 16, %r12; add.u32 %r12, %r12, %r10;
+    and.b32 %r12, %r0, 15; shl.b32 %r12, %r12, 5; shr.u32 %r13, %r0, 4; mad.lo.u32 %r12, %r13, 16, %r12;
+    add.u32 %r12, %r12, %r10;
     ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r30, %r31, %r32, %r33}, [%r12];
     and.b32 %r14, %r0, 15; mad.lo.u32 %r14, %r14, 16, %r10;
     ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r40, %r41}, [%r14+512];
     mov.b32 %r50, 0f00000000;
-    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r51, %r52, %r53, %r54}, {%r30, %r31, %r32, %r33}, {%r40, %r41}, {%r50, %r50, %r50, %r50};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+      {%r51, %r52, %r53, %r54}, {%r30, %r31, %r32, %r33}, {%r40, %r41}, {%r50, %r50, %r50, %r50};
     shr.u32 %r15, %r0, 2; and.b32 %r16, %r0, 3; mad.lo.u32 %r17, %r15, 8, 0; mad.lo.u32 %r17, %r16, 2, %r17;
-    mad.wide.u32 %d22, %r17, 4, %d2; st.global.v2.f32 [%d22], {%r51, %r52}; st.global.v2.f32 [%d22+256], {%r53, %r54};"""
+    mad.wide.u32 %d22, %r17, 4, %d2; st.global.v2.f32 [%d22], {%r51, %r52};
+    st.global.v2.f32 [%d22+256], {%r53, %r54};"""
     launch(kernel(body, 3, shared=1024), [a, b, out])
     assert torch.allclose(out, a.float() @ b.float(), rtol=1e-6, atol=1e-5)

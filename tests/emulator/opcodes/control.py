@@ -35,7 +35,7 @@ def call(instruction: Instruction) -> Operation | None:
 
 @opcode("membar", "fence")
 def fence(instruction: Instruction) -> Operation | None:
-    """A fence of the whole device orders what comes before with atomics that come after (races.py); others order one CTA."""
+    """A fence of the device orders what comes before with atomics that come after (races.py); others order one CTA."""
     if instruction.has("cta", "proxy", "async", "cluster") or any(
         m.startswith(("proxy", "mbarrier")) for m in instruction.modifiers
     ):

@@ -1,7 +1,7 @@
 """Integer arithmetic.
 
-PTX ISA, "Integer Arithmetic Instructions". The carry flag of "Extended-Precision Integer Arithmetic Instructions" is not
-implemented.
+PTX ISA, "Integer Arithmetic Instructions". The carry flag of "Extended-Precision Integer Arithmetic Instructions" is
+not implemented.
 """
 
 from __future__ import annotations

@@ -313,7 +313,7 @@ class Access:
         if len(words) > 1 and not bool((words[1:] > words[:-1]).all()):
             lost = _differs(memory[words], values)
             if lost.any():
-                text = f"lanes store different values to one address of {place} in one instruction, {lost.sum()} of them lose"
+                text = f"lanes store different values to one address of {place} in one instruction, {lost.sum()} lose"
                 lanes.machine.report("conflict", self.instruction, text)
 
 

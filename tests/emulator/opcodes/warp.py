@@ -63,14 +63,14 @@ class Table:
         union = np.bitwise_or.reduce(np.where(self.present, masks, np.uint32(0)), axis=1)
         wanted = (union[:, None] & bits) != 0
         if self.square:
-            return_missing = wanted & ~self.present
+            absent = wanted & ~self.present
         else:
             alive = np.zeros(batch.warps * WARP, bool)
             alive[batch.slot] = batch.alive
-            return_missing = wanted & ~self.present & alive.reshape(-1, WARP)
-        if bool(return_missing.any()):
-            warp = int(np.flatnonzero(return_missing.any(1))[0])
-            lanes = np.flatnonzero(return_missing[warp]).tolist()
+            absent = wanted & ~self.present & alive.reshape(-1, WARP)
+        if bool(absent.any()):
+            warp = int(np.flatnonzero(absent.any(1))[0])
+            lanes = np.flatnonzero(absent[warp]).tolist()
             machine.report(
                 "membermask", instruction, f"lanes {lanes} of a warp are named in the membermask and do not arrive"
             )

@@ -1,0 +1,1 @@
+"""Evidence about GPU kernels that needs no GPU."""

@@ -1,0 +1,266 @@
+"""Ahead-of-time compilation of every Triton kernel: registers, spills, 128-bit accesses and exponentials, without a
+GPU.
+
+``table(targets)`` compiles what the public operations would launch, for each target in a process of its own (Triton
+keeps one target per process), and returns one ``Kernel`` for each kernel, dtype and alignment. For NVIDIA the figures
+are those of the machine code (SASS) that ptxas makes, disassembled with the tools inside Triton's wheel; for AMD those
+of the assembly. Nothing is run.
+
+    python benchmarks/gpu_evidence/aot.py --targets sm_80 sm_90 gfx942 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = ("float32", "bfloat16", "float16")
+# Rows that are aligned to 16 bytes, and rows that are not.
+VOCABULARIES = (128_256, 50_257)
+MARK = "AOT-RESULT "
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the compiler made of one kernel. Counts are of instructions in the text of the program, not executions."""
+
+    target: str
+    kernel: str
+    dtype: str
+    vocab: int
+    warps: int
+    registers: int
+    spills: int  # NVIDIA: loads and stores of local memory; AMD: vector registers spilled
+    shared: int  # bytes
+    loads: dict[str, int]  # width in bits -> global loads
+    stores: dict[str, int]
+    ex2: int
+    barriers: int
+    instructions: int
+
+
+def table(
+    targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES, vocabularies: tuple[int, ...] = VOCABULARIES
+) -> list[Kernel]:
+    """Compile for each target and collect; raises with the compiler's words where one does not compile."""
+    out = []
+    for target in targets:
+        command = [sys.executable, __file__, "--one", target, "--dtypes", *dtypes, "--vocabularies",
+                   *map(str, vocabularies)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        if done.returncode or not lines:
+            raise RuntimeError(f"{target}: {done.stderr[-2000:]}")
+        out += [Kernel(**entry) for entry in json.loads(lines[-1].removeprefix(MARK))]
+    return out
+
+
+def markdown(kernels: list[Kernel]) -> str:
+    """The table for people."""
+    head = (
+        "| target | kernel | dtype | V | registers | spills | shared | loads | stores | ex2 | barriers |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|"
+    )
+    rows = [
+        f"| {k.target} | {k.kernel} | {k.dtype} | {k.vocab:,} | {k.registers} | {k.spills} | {k.shared} | "
+        f"{_widths(k.loads)} | {_widths(k.stores)} | {k.ex2} | {k.barriers} |"
+        for k in kernels
+    ]
+    return "\n".join([head, *rows])
+
+
+def _widths(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} x {width}" for width, n in sorted(counts.items(), key=lambda item: -int(item[0]))) or "-"
+
+
+class _Driver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+
+def _compile(target: str, dtypes: list[str], vocabularies: list[int]) -> list[Kernel]:
+    """Call the host functions with every launch turned into a compilation."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from fastcalib.triton_kernels import launch
+
+    hip = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    triton.runtime.driver.set_active(_Driver(gpu))
+    launch.threads_per_warp = gpu.warp_size
+    compiled: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[f"{self.fn.__module__.rpartition('.')[2]}{self.fn.__name__}"] = kernel
+        return kernel
+
+    JITFunction.run = only_compile
+    out = []
+    try:
+        for dtype in dtypes:
+            for vocab in vocabularies:
+                compiled.clear()
+                _call_everything(torch.zeros(2, vocab, dtype=getattr(torch, dtype)))
+                out += [_measure(name, kernel, target, dtype, vocab) for name, kernel in compiled.items()]
+    finally:
+        JITFunction.run = run
+    return out
+
+
+def _call_everything(logits: Any) -> None:
+    """The launches of every operation: one selected token and many, split rows and whole ones; at one temperature."""
+    import torch
+
+    from fastcalib.ops import _gpu
+    from fastcalib.ops.softmax import _allocate_logsumexp
+    from fastcalib.ops.statistics import _allocate
+    from fastcalib.triton_kernels import launch
+
+    n, v = logits.shape
+    one = torch.ones(1, 1, dtype=torch.float64)
+    index = torch.zeros(n, dtype=torch.int64)
+    packed = _allocate(logits, one, index, True)
+    _gpu.statistics_forward(packed, logits, one, index, 1, None, v, -100, True, "triton")
+    rows, scalars, log_prob, argmax, *_, saved = packed
+    _gpu.statistics_backward(
+        torch.empty_like(logits), rows, scalars, log_prob, logits, one, index, 1, None, rows, scalars, argmax, saved, v,
+        -100, "triton",
+    )  # fmt: skip
+    for temperature, many in ((one, 40), (None, 2)):
+        ids = torch.zeros(n * many, dtype=torch.int64)
+        counts = (torch.empty(n * many, dtype=torch.int64), torch.empty(n * many, dtype=torch.int64))
+        mass = torch.empty(n * many, 1 if temperature is not None else 0)
+        _gpu.ranks((*counts, mass), logits, ids, None, many, None, temperature, v, -100, "triton")
+    out, norm = torch.empty_like(logits), _allocate_logsumexp(logits)
+    for launch.processors_override in (1, 1_000):
+        _gpu.softmax_forward(out, norm, logits, one, v, False, "triton")
+        _gpu.softmax_backward(
+            torch.empty_like(logits), torch.empty(n, dtype=torch.float64), logits, out, norm, one, v, False, "triton"
+        )
+    launch.processors_override = None
+
+
+def _measure(name: str, kernel: Any, target: str, dtype: str, vocab: int) -> Kernel:
+    figures = _amd(kernel) if target.startswith("gfx") else _nvidia(kernel)
+    meta = kernel.metadata
+    return Kernel(target, name, dtype, vocab, meta.num_warps, shared=meta.shared, **figures)
+
+
+def _nvidia(kernel: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        text = _tool("cuobjdump", "-sass", str(path))
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
+    return {
+        "registers": int(_first(r"REG:(\d+)", usage)),
+        "spills": sum(op.split(".")[0] in ("LDL", "STL") for op in operations),
+        "loads": _count(operations, "LDG"),
+        "stores": _count(operations, "STG"),
+        "ex2": sum(op.startswith("MUFU.EX2") for op in operations),
+        "barriers": sum(op.startswith("BAR.SYNC") for op in operations),
+        "instructions": sum(op != "NOP" for op in operations),
+    }
+
+
+def _count(operations: list[str], prefix: str) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for op in operations:
+        if op.split(".")[0] == prefix:
+            parts = op.split(".")
+            width = next((w for w in ("128", "64") if w in parts), None)
+            width = width or ("16" if "U16" in parts or "S16" in parts else "8" if "U8" in parts else "32")
+            out[width] = out.get(width, 0) + 1
+    return out
+
+
+def _amd(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+    widths = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "ushort": "16", "short": "16",
+              "short_d16": "16", "short_d16_hi": "16", "ubyte": "8", "byte": "8"}  # fmt: skip
+
+    def count(kind: str) -> dict[str, int]:
+        out: dict[str, int] = {}
+        for suffix in re.findall(rf"^\s+(?:global|buffer|flat)_{kind}_(\w+)", text, re.M):
+            out[widths.get(suffix, "32")] = out.get(widths.get(suffix, "32"), 0) + 1
+        return out
+
+    return {
+        "registers": int(_first(r"\.vgpr_count:\s+(\d+)", text)),
+        "spills": int(_first(r"\.vgpr_spill_count:\s+(\d+)", text)),
+        "loads": count("load"),
+        "stores": count("store"),
+        "ex2": len(re.findall(r"^\s+v_exp_f32", text, re.M)),
+        "barriers": len(re.findall(r"^\s+s_barrier", text, re.M)),
+        "instructions": len(re.findall(r"^\s+[sv]_\w+|^\s+(?:global|buffer|flat|ds)_\w+", text, re.M)),
+    }
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's report has no {pattern!r}: {text[:300]}")
+    return found[1]
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _entries(kernels: list[Kernel]) -> Iterator[dict[str, Any]]:
+    for kernel in kernels:
+        yield dataclasses.asdict(kernel)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=VOCABULARIES)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        found = _compile(arguments.one, list(arguments.dtypes), list(arguments.vocabularies))
+        print(MARK + json.dumps(list(_entries(found))))
+        return
+    kernels = table(tuple(arguments.targets), tuple(arguments.dtypes), tuple(arguments.vocabularies))
+    print(json.dumps(list(_entries(kernels)), indent=1) if arguments.json else markdown(kernels))
+
+
+if __name__ == "__main__":
+    main()
