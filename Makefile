@@ -24,7 +24,7 @@ SANITIZED := build/sanitized-package
 # float64 stays on plain PyTorch on a GPU; 262,144 columns and every size up to 80 take hours there and add nothing.
 GPU_GRID = -k "not float64 and not gradcheck and not 262144 and not every_small_size and not every_token and not cold_and_hot"
 KERNEL_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py) \
-	tests/test_edge_cases.py tests/test_determinism.py tests/test_fused.py
+	tests/test_edge_cases.py tests/test_determinism.py tests/test_fused.py tests/test_long_rows.py tests/test_moments.py
 
 # A CUDA compiler without a toolkit: 271 MB from PyPI. Needs neither a GPU nor a driver.
 CUDA_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
@@ -60,7 +60,7 @@ sanitize: $(SANITIZED)/.stamp
 	PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -m "not slow and not prove" $(KERNEL_TESTS) $(ARGS)
+	$(BIN)/pytest --capture=sys -m "not slow and not prove" $(KERNEL_TESTS) $(ARGS)
 
 # The extension with its CUDA kernels, also on a machine without a GPU.
 build-cuda: $(VENV)/.nvcc

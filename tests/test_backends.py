@@ -184,3 +184,25 @@ def test_instruction_sets_agree_closely():
 def test_one_thread_works(backend):
     torch.set_num_threads(1)
     assert fastcalib.statistics(Z, backend=backend).entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("function", ["statistics", "softmax", "log_softmax", "ranks"])
+def test_a_cuda_device_without_kernels_warns_once_and_works(function, monkeypatch):
+    """No Triton and no CUDA kernels in the extension: plain PyTorch, said once, for every operation alike."""
+    automatic = module._automatic
+    monkeypatch.setattr(module, "_TRITON_FOUND", False)
+    monkeypatch.setattr(module, "_why_no_cuda", lambda: "no CUDA kernels in this build of the extension")
+    monkeypatch.setattr(module, "_automatic", lambda device, dtype: automatic(torch.device("cuda"), dtype))
+    monkeypatch.setattr(module, "_warned", False)
+    monkeypatch.delenv("FASTCALIB_QUIET", raising=False)
+    ids = (torch.tensor([0, 1]),) if function == "ranks" else ()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        results = [getattr(fastcalib, function)(Z, *ids) for _ in range(2)]
+    words = [str(w.message) for w in seen if w.category is RuntimeWarning]
+    assert len(words) == 1 and "'eager'" in words[0]
+    assert "Triton is not installed" in words[0] and "no CUDA kernels" in words[0]
+    want = getattr(fastcalib, function)(Z, *ids, backend="eager")
+    for result in results:
+        pairs = [(result, want)] if isinstance(want, torch.Tensor) else zip(result, want)
+        assert all(a is None if b is None else torch.equal(a, b) for a, b in pairs)

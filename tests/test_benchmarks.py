@@ -365,6 +365,23 @@ def test_a_gate_beyond_the_arithmetic_is_held_to_what_that_allows(value, allowed
     assert f"arithmetic alone: {allowed:.2f}" in shown
 
 
+@pytest.mark.parametrize(
+    "value, allowed, verdict",
+    [
+        (1.75, 2.0, "pass"),
+        (1.65, 2.0, "FAIL"),  # reading takes half of the peer's time: the gate was within reach
+        (0.97, 1.0, "at the memory limit"),  # the peer reads at full speed, and so do we
+        (0.94, 1.0, "FAIL"),
+    ],
+)
+def test_a_peer_at_the_speed_of_the_read_cannot_be_beaten_by_more(value, allowed, verdict):
+    row = [p for p in targets.parts() if p.row == 13]
+    row[0].value, row[1].value, row[1].allowed = 0.97, value, allowed
+    assert targets.verdict(row) == verdict
+    shown = targets.format_table([r for r in targets.table(row) if r["row"] == 13])
+    assert f"memory alone: {allowed:.2f}" in shown
+
+
 @pytest.mark.parametrize("kind", ["statistics", "logsumexp", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_arithmetic_ceilings_compute_something(kind, dtype):

@@ -185,6 +185,31 @@ def test_gradients(sm, dtype, temperature):
 
 
 @each_arch()
+@quick_dtype
+def test_padding_behind_a_whole_number_of_vectors_in_rows_off_the_alignment(sm, dtype):
+    """The aligned vector behind the last column then begins with real logits, which are no padding's business."""
+    block = SEGMENT[dtype] // 8
+    with emulated_cuda.backend(sm):
+        for v, width in ((block, block + 8), (block, block + 3), (8 * block, 8 * block + 16)):
+            wide = random_logits(2, width + 5, dtype=dtype, seed=v)
+            check_gradient(wide[:, 3 : 3 + width], [[0], [v - 1]], 1.0, "cuda", f"{v} of {width}", vocab_size=v)
+
+
+@each_arch()
+def test_a_gradient_of_the_maximum_costs_no_second_read(sm):
+    logits = random_logits(3, 9_000, dtype=torch.float32).requires_grad_()
+    with emulated_cuda.backend(sm) as run:
+        s = fastcalib.statistics(logits, backend="cuda")
+        run.launches.clear()
+        torch.autograd.grad(s.max_prob.sum(), logits)
+        read = sum(
+            launch.counters.buffers["logits"].loaded for launch in run.launches if "logits" in launch.counters.buffers
+        )
+    # and the maximum itself, whose column is written again with all its terms
+    assert read == logits.nbytes + 3 * logits.element_size()
+
+
+@each_arch()
 @each_dtype
 def test_gradients_of_each_field_alone(sm, dtype):
     logits, index = random_logits(2, 300, dtype=dtype), [[7], [299]]

@@ -52,11 +52,7 @@ def test_forward(backend, function, v, dtype):
         assert_within(got.double().sum(-1), torch.ones(2), 1e-6, "sum of a row")
 
 
-@pytest.mark.parametrize("function", BOTH)
-@pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
-@pytest.mark.parametrize("v", [1, 2, 31, 3_000])
-@pytest.mark.parametrize("t", [1e-3, 1.0, 1e3])
-def test_hostile_rows(backend, function, v, dtype, t):
+def check_hostile_rows(function, v, dtype, t, backend):
     rows = cases.defined_rows(v, dtype)
     logits = torch.stack(list(rows.values()))
     want = exact(function, logits, t)
@@ -74,6 +70,14 @@ def test_hostile_rows(backend, function, v, dtype, t):
         assert (got[logits == -INF] == 0).all()
     else:
         assert (got[logits == -INF] == -INF).all()
+
+
+@pytest.mark.parametrize("function", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
+@pytest.mark.parametrize("v", [1, 2, 31, 3_000])
+@pytest.mark.parametrize("t", [1e-3, 1.0, 1e3])
+def test_hostile_rows(backend, function, v, dtype, t):
+    check_hostile_rows(function, v, dtype, t, backend)
 
 
 @pytest.mark.parametrize("function", BOTH)
@@ -96,15 +100,11 @@ def test_rows_without_a_softmax_are_nan_and_alone_in_it(backend, function, dtype
     assert (a[1::2][list(hostile).index("all -inf")] == 0).all(), "a row of -inf has gradient 0"
 
 
-@pytest.mark.parametrize("function", BOTH)
-@pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
-@pytest.mark.parametrize("v", [1, 2, 65, 2_049, 128_256])
-def test_backward(backend, function, v, dtype):
-    logits = random_logits(3, v, dtype=dtype, seed=v)
-    t = torch.tensor([0.5, 1.0, 2.5])
+def check_gradients(function, logits, t, upstream, backend, what):
+    """Gradients to logits (N, V) and to temperatures (N,); returns the result and both."""
+    dtype = logits.dtype
     z, given = logits.clone().requires_grad_(), t.clone().requires_grad_()
     precise, exact_t = logits.double().requires_grad_(), t.double().requires_grad_()
-    upstream = torch.randn(3, v, generator=cases.generator(1)).to(dtype)
     out = function(z, given, backend=backend)
     gz, gt = torch.autograd.grad(out, (z, given), upstream)
     wz, wt = torch.autograd.grad(exact(function, precise, exact_t), (precise, exact_t), upstream.double())
@@ -131,11 +131,24 @@ def test_backward(backend, function, v, dtype):
             )
         )
     assert gz.dtype == dtype
-    assert_within(gz, wz, bound + (2**-24 if dtype == torch.float16 else 1e-37), f"V={v}")
+    assert_within(gz, wz, bound + (2**-24 if dtype == torch.float16 else 1e-37), what)
     y = (logits.double() - logits.double().amax(-1, keepdim=True)).abs()
     assert_within(
-        gt, wt, (b[:, 0] * (y * (bound + eps * wz.abs())).sum(-1)) + 2e-6 * wt.abs(), "gradient of the temperature"
+        gt,
+        wt,
+        (b[:, 0] * (y * (bound + eps * wz.abs())).sum(-1)) + 2e-6 * wt.abs(),
+        f"{what}: gradient of the temperature",
     )
+    return out, gz, gt
+
+
+@pytest.mark.parametrize("function", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
+@pytest.mark.parametrize("v", [1, 2, 65, 2_049, 128_256])
+def test_backward(backend, function, v, dtype):
+    logits = random_logits(3, v, dtype=dtype, seed=v)
+    upstream = torch.randn(3, v, generator=cases.generator(1)).to(dtype)
+    check_gradients(function, logits, torch.tensor([0.5, 1.0, 2.5]), upstream, backend, f"V={v}")
 
 
 @pytest.mark.parametrize("function", BOTH)

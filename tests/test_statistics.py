@@ -173,14 +173,26 @@ def test_evenly_spaced_inverse_temperatures(backend, first, step, k, dtype):
     check(logits, random_sets(len(logits), 3_000, [4]), temperatures, backend, f"1/T from {first} by {step}")
 
 
-def test_temperatures_do_not_disturb_each_other(backend):
+@pytest.mark.parametrize(
+    "temperatures",
+    [
+        [1e-3, 1.0, 1e3],
+        [1e-30, 1.0, 1e15],
+        [1.0, 1e-30, 1e-12, 1e15, 0.5],
+        [1e15, 1e-15, 1e-14, 0.05],
+        [1e8, 1.0, 0.3, 0.1],
+    ],
+)
+def test_temperatures_do_not_disturb_each_other(backend, temperatures):
     """A cold temperature beside a hot one: as accurate as alone (that is, not more than rounding away)."""
     logits = random_logits(4, 5_000)
-    together = fastcalib.statistics(logits, temperature=[1e-3, 1.0, 1e3], backend=backend)
-    for i, t in enumerate([1e-3, 1.0, 1e3]):
+    logits[:, ::7] = -torch.inf
+    together = fastcalib.statistics(logits, temperature=temperatures, backend=backend)
+    for i, t in enumerate(temperatures):
         alone = fastcalib.statistics(logits, temperature=t, backend=backend)
         torch.testing.assert_close(together.entropy[:, i], alone.entropy, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(together.collision[:, i], alone.collision, rtol=1e-5, atol=0)
+        torch.testing.assert_close(together.var_logit[:, i], alone.var_logit, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 1), (1, 4), (3, 4)])

@@ -1,124 +1,19 @@
-// One read of a segment of a row -> its Head and the Sums of K temperatures (see row_state.h for the symbols).
+// One read of a stretch of a row -> its Head and the Sums of K temperatures (see row_state.h for the symbols).
 //
 // Block by block. One temperature, the common case, takes one pass: exponentials are summed against the maximum of the
 // blocks before, and the block's own maximum is found on the way; the sums move to it afterwards. Only a block that rises
-// far above all before it is summed again. Several temperatures, last blocks and float64 take two: a first pass over up to
+// well above all before it is summed again. Several temperatures, last blocks and float64 take two: a first pass over up to
 // 2,048 columns (from memory) finds the maximum, a second (from the first-level cache) sums. Each block's sums are added
 // to second-level accumulators, so no float32 sum is longer than a few hundred terms.
 #pragma once
-#include <algorithm>
-#include <vector>
-
-#include "../row_state.h"
-#include "schedule.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace fastcalib::FASTCALIB_ISA {
 
-// 1/T of each temperature of a row in the units of the kernels, and whether 1/T is an arithmetic progression.
-struct Betas {
-    std::vector<double> b, c;  // 1/T; log2(e)/T
-    double step = 0;           // progression: c[k] = c_least + k * step, counted from the end that is smallest
-    bool arithmetic = false, ascending = true;
-
-    void set(const double* temperatures, int64_t count) {
-        b.resize(count);
-        c.resize(count);
-        for (int64_t k = 0; k < count; ++k) {
-            b[k] = 1.0 / temperatures[k];
-            c[k] = kLog2e * b[k];
-        }
-        arithmetic = false;
-        if (count < 4) return;
-        const double d = (c[count - 1] - c[0]) / double(count - 1);
-        for (int64_t k = 1; k < count; ++k)
-            // A deviation of 1e-11 c moves an exponent by at most 1e-9, far below float32.
-            if (!(std::fabs(c[k] - (c[0] + double(k) * d)) <= 1e-11 * std::fabs(c[k]))) return;
-        arithmetic = d != 0;
-        ascending = d > 0;
-        step = std::fabs(d);
-    }
-    int64_t count() const { return int64_t(b.size()); }
-};
-
-// Fetches the next block bit by bit while this one is summed, so that memory and arithmetic overlap.
-struct Ahead {
-    const char* at;
-    int64_t bytes;  // a step: as many as one vector of logits
-    FC_INLINE void next() {
-        prefetch(at + 4096);
-        at += bytes;
-    }
-};
-
-// Sum and sum of squares of z - center over a block: they make the spread of the logits, and they are NaN or infinite
-// wherever a logit is. The center lies near the mean, not at the maximum, or one large logit would cancel all digits.
-template <class S> struct Spread {
-    typename S::vec center, sum, square;
-    explicit Spread(typename S::vec near) : center(near), sum(S::set(0)), square(S::set(0)) {}
-    FC_INLINE void add(typename S::vec z) {
-        const auto d = z - center;
-        sum = sum + d;
-        square = square + d * d;
-    }
-};
-
-// s0, s1, s2, r2 of one temperature, lane by lane.
-template <class S> struct Lanes {
-    typename S::vec s0, s1, s2, r2;
-    FC_INLINE void clear() { s0 = s1 = s2 = r2 = S::set(0); }
-    FC_INLINE void add(typename S::vec e, typename S::vec t) {
-        const auto et = e * t;
-        s0 = s0 + e;
-        s1 = s1 + et;
-        s2 = s2 + et * t;
-        r2 = r2 + e * e;
-    }
-    // With the square shared by all temperatures.
-    FC_INLINE void add(typename S::vec e, typename S::vec y, typename S::vec y2) {
-        s0 = s0 + e;
-        s1 = s1 + e * y;
-        s2 = s2 + e * y2;
-        r2 = r2 + e * e;
-    }
-    FC_INLINE void add(const Lanes& o, typename S::vec unit) {
-        s0 = s0 + o.s0;
-        s1 = s1 + o.s1 * unit;
-        s2 = s2 + o.s2 * unit * unit;
-        r2 = r2 + o.r2;
-    }
-    FC_INLINE void add(const Lanes& o) {
-        s0 = s0 + o.s0;
-        s1 = s1 + o.s1;
-        s2 = s2 + o.s2;
-        r2 = r2 + o.r2;
-    }
-    // Move to a maximum that is larger by -d / c: the vector form of Sums::shift.
-    FC_INLINE void shift(double d) {
-        using real = typename S::real;
-        d = d > kLowestShift ? d : kLowestShift;
-        const real r = real(::exp2(d));
-        if (r == 0) return clear();  // d^2 could overflow to inf * 0
-        const auto dv = S::set(real(d)), rv = S::set(r);
-        s2 = rv * (s2 + dv * (s1 + s1 + dv * s0));
-        s1 = rv * (s1 + dv * s0);
-        s0 = rv * s0;
-        r2 = rv * rv * r2;
-    }
-    Sums total() const { return {S::reduce_add(s0), S::reduce_add(s1), S::reduce_add(s2), S::reduce_add(r2)}; }
-};
-
-template <class S> struct Scratch {
-    using real = typename S::real;
-    alignas(64) real values[kBlock + 64];
-    alignas(64) real power[kBlock + 64], ratio[kBlock + 64], below[kBlock + 64];
-    std::vector<Lanes<S>> sums;  // of the segment so far, one per temperature
-    std::vector<Sums> segment, row;
-    Betas betas;
-    bool moments = true;  // false: s0 alone is wanted (no entropy, variance, collision, nor the spread of the logits)
-};
-
-constexpr double kFarAbove = 30.0;  // a block this many powers of two above the running maximum is summed again
+// A block this many powers of two above the running maximum is summed again. Moving sums down cancels: an element at the old
+// maximum weighs 2^-d beside the new one, and the error of s2 is that of the new one's d^2, so it grows as 2^d.
+constexpr double kFarAbove = 3.0;
+constexpr double kCold = 5.0;  // log2(e)/T
 
 template <class S, class T> FC_INLINE typename S::real max_of(const T* x, int64_t n) {
     typename S::vec top = S::set(-typename S::real(INFINITY));
@@ -146,6 +41,7 @@ FASTCALIB_ONE_BODY typename S::real sum_once(const T* x, int64_t n, typename S::
             const vec z = pair[u], t = (z - m) * scale;
             top[u] = S::max(z, top[u]);
             // The clamp turns -inf into a negligible 2^-126. A NaN does not get through it where the spread tells of it.
+            // Far above max, 2^t is out of range and means nothing: the caller sums such a block again.
             if constexpr (Moments) {
                 const vec clamped = S::max(t, least);
                 wide[u].add(z);
@@ -176,7 +72,7 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
     vec scale[G];
     for (auto& l : lanes) l.clear();
     for (int g = 0; g < G; ++g) scale[g] = S::set(real(c[g]));
-    // Clamps turn -inf into a negligible 2^-126: that of y leaves it finite, those of t keep the exponent in range.
+    // The clamp turns -inf into a negligible 2^-126; where several share y, it is 2^-126 of the warmest.
     const vec m = S::set(max), least = S::set(S::lowest_exponent);
     const vec floor = S::set(real(S::lowest_exponent / *std::min_element(c, c + G)));
     int64_t i = 0;
@@ -189,7 +85,7 @@ FC_INLINE void sum_block(const typename S::real* values, int64_t n, typename S::
             lanes[chain].add(S::exp2(t), t);
         } else {
             const vec y = S::max(z - m, floor), y2 = y * y;
-            for (int g = 0; g < G; ++g) lanes[g].add(S::exp2(S::max(y * scale[g], least)), y, y2);
+            for (int g = 0; g < G; ++g) lanes[g].add(S::exp2_finite(y * scale[g]), y, y2);
         }
     };
     for (; i + chains * S::lanes <= n; i += chains * S::lanes)
@@ -282,6 +178,11 @@ FC_INLINE void sum_temperatures(Scratch<S>& scratch, const typename S::real* val
         sum_block<S, G, Spreads>(values, n, max, &betas.c[k], sums + k, ahead, spread);
     };
     if (count == 1) return group.template operator()<1, WithSpread>(0);
+    if (betas.far_apart) {
+        group.template operator()<1, WithSpread>(0);
+        for (int64_t k = 1; k < count; ++k) group.template operator()<1, false>(k);
+        return;
+    }
     if (count < 4) {
         group.template operator()<2, WithSpread>(0);
         if (count == 3) group.template operator()<1, false>(2);
@@ -344,19 +245,17 @@ template <class S, class T> int64_t first_not_less(const T* x, int64_t from, int
     return from;
 }
 
-// At most 64 terms are added up in one float32 lane (equal terms round the same way each time, so the error grows with their
-// number): one temperature has two chains of lanes, several have one.
+// One temperature has two chains of lanes, several have one.
 template <class S> int64_t sum_block_length(int64_t k_count) {
-    return S::lanes == 1 ? kBlock : 64 * S::lanes * (k_count == 1 ? S::chains : 1);
+    return S::lanes == 1 ? kBlock : kTerms * S::lanes * (k_count == 1 ? S::chains : 1);
 }
 
 template <class S, bool Moments, class T>
-FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
+FASTCALIB_ONE_BODY void accumulate_each(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
     using real = typename S::real;
     using vec = typename S::vec;
     const int64_t k_count = scratch.betas.count();
-    scratch.sums.resize(size_t(k_count));
-    for (auto& l : scratch.sums) l.clear();
+    scratch.clear_sums(out);
     head = Head();
     real max = S::lowest;
     int64_t argmax = -1;
@@ -364,9 +263,7 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
     double sum = 0, square = 0;  // of z - center
     bool spread_known = true;
     const auto raise = [&](real to, int64_t start) {
-        if (argmax >= 0)
-            for (int64_t k = 0; k < k_count; ++k)
-                scratch.sums[k].shift(scratch.betas.c[k] * (double(max) - double(to)));
+        if (argmax >= 0) scratch.raise_sums(out, double(to) - double(max));
         max = to;
         argmax = start;  // of its block; the place within it is looked up once, at the end
     };
@@ -382,7 +279,9 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
         for (; k_count == 1 && start + block <= n; start += block) {
             const T* from = x + start;
             if (argmax < 0) {
-                const real first = max_of<S>(from, block);
+                // At a cold temperature nearly every new maximum is far above the last: looking further ahead costs less.
+                const int64_t ahead = c > kCold ? std::min<int64_t>(6, (n - start) / block) : 1;
+                const real first = max_of<S>(from, ahead * block);
                 if (first == -real(INFINITY)) {
                     nothing_in(from, block);
                     continue;
@@ -402,6 +301,7 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
             }
             scratch.sums[0].add(sums);
             if (block_max > max) raise(block_max, start);
+            scratch.block_is_in(out);
             const double block_sum = S::reduce_add(spread.sum);
             if (!Moments && std::isnan(block_sum)) head.undefined = true;
             sum += block_sum;
@@ -463,8 +363,9 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
                 square += d * d;
             }
         }
+        scratch.block_is_in(out);
     }
-    for (int64_t k = 0; k < k_count; ++k) out[k] = scratch.sums[k].total();
+    scratch.flush_sums(out);
     if (argmax >= 0) argmax = first_not_less<S>(x, argmax, n, max);
     head.max = argmax >= 0 ? double(max) : -HUGE_VAL;
     head.argmax = argmax;
@@ -479,26 +380,6 @@ FASTCALIB_ONE_BODY void accumulate_segment(const T* x, int64_t n, Scratch<S>& sc
         head.m2 = std::max(0.0, square - sum * (sum / double(n)));
     } else {
         careful_spread(x, n, head);
-    }
-}
-
-template <class S, class T> void accumulate_segment(const T* x, int64_t n, Scratch<S>& scratch, Head& head, Sums* out) {
-    scratch.moments ? accumulate_segment<S, true>(x, n, scratch, head, out)
-                    : accumulate_segment<S, false>(x, n, scratch, head, out);
-}
-
-// A whole row: its segments in order.
-template <class S, class T>
-void accumulate_row(const T* x, int64_t vocab, Scratch<S>& scratch, Head& head, std::vector<Sums>& sums) {
-    const int64_t k_count = scratch.betas.count();
-    sums.resize(size_t(k_count));
-    accumulate_segment<S>(x, std::min(vocab, kSegment), scratch, head, sums.data());
-    scratch.segment.resize(size_t(k_count));
-    for (int64_t start = kSegment; start < vocab && !head.undefined; start += kSegment) {
-        Head next;
-        accumulate_segment<S>(x + start, std::min(kSegment, vocab - start), scratch, next, scratch.segment.data());
-        if (next.argmax >= 0) next.argmax += start;
-        merge(head, sums.data(), next, scratch.segment.data(), scratch.betas.c.data(), int(k_count));
     }
 }
 

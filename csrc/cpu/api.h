@@ -62,6 +62,7 @@ struct StatisticsBackwardArgs {
     Temperatures temperatures;
     Selection selected;
     const void *rows = nullptr, *scalars = nullptr, *saved = nullptr;
+    const int64_t* argmax = nullptr;  // CUDA only: that of forward, for the gradient of the maximum
     const void *grad_rows = nullptr, *grad_scalars = nullptr, *grad_log_prob = nullptr;
     Matrix out;
     bool nontemporal = false;

@@ -12,7 +12,7 @@
 #include <numeric>
 #include <vector>
 
-#include "accumulate.h"
+#include "segment.h"
 #include "api.h"
 #include "selection.h"
 

@@ -11,6 +11,7 @@
 
 namespace fastcalib::FASTCALIB_ISA {
 
+constexpr int64_t kTerms = 64;   // added up in one float32 lane before the sum goes up a level
 constexpr int64_t kBlock = 2048;  // columns handled at a time at most: the block stays in the first-level cache
 
 inline int64_t segment_count(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "accumulate.h"
+#include "segment.h"
 #include "api.h"
 
 namespace fastcalib::FASTCALIB_ISA {

@@ -156,12 +156,33 @@ struct F32 {
         const vec n = _mm512_roundscale_ps(t, 8);
         return _mm512_scalef_ps(poly(t - n), n);
     }
-    // 2^t, exactly 0 below -126 (t may be -inf), for t <= 127. Runs under FlushDenormals.
+    // 2^t for any finite t <= 127; 2^-126 or less below -126. Runs under FlushDenormals, as does the next.
+    static FC_INLINE vec exp2_finite(vec t) { return exp2(t); }
+    // 2^t, exactly 0 below -126 (t may be -inf), for t <= 127.
     static FC_INLINE vec exp2_or_zero(vec t) { return exp2(_mm512_max_ps(t, set(-200.f))); }
     static FC_INLINE float* compress_not_less(float* out, vec v, vec bound) {
         const __mmask16 m = _mm512_cmp_ps_mask(v, bound, _CMP_GE_OQ);
         _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m, v));
         return out + __builtin_popcount(m);
+    }
+    // Counters of 32 keys, in two copies: is any not 0?
+    static FC_INLINE bool any_of_32(const uint16_t* a, const uint16_t* b) {
+        const __m512i either = _mm512_or_si512(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+        return _mm512_test_epi64_mask(either, either) != 0;
+    }
+    // Of 16 keys from `first` on those with a count: the keys and their counts; returns how many.
+    static constexpr int key_lanes = 16;
+    static FC_INLINE int keep_counted(const uint16_t* a, const uint16_t* b, uint16_t first, uint16_t* key, float* count) {
+        const auto wide = [](const uint16_t* p) __attribute__((always_inline)) {
+            return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        };
+        const __m512i n = _mm512_add_epi32(wide(a), wide(b));
+        const __mmask16 some = _mm512_test_epi32_mask(n, n);
+        const __m512i up = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i keys = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(_mm512_set1_epi32(first), up));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(key), _mm512_cvtepi32_epi16(keys));
+        _mm512_storeu_ps(count, _mm512_maskz_compress_ps(some, _mm512_cvtepi32_ps(n)));
+        return __builtin_popcount(some);
     }
     using count = __m512i;
     static FC_INLINE count no_count() { return _mm512_setzero_si512(); }
@@ -275,9 +296,9 @@ struct F32 {
     static FC_INLINE count no_count() { return count{0, 0, 0, 0}; }
     static FC_INLINE count add_greater(count n, vec a, vec b) { return n - (a > b); }
     static FC_INLINE count add_not_less(count n, vec a, vec b) { return n - (a >= b); }
-    using integers = count;
-    static FC_INLINE integers as_integers(vec v) { return (count)v; }
-    static FC_INLINE vec add_exponent(vec p, integers n) { return (vec)((count)p + (n << 23)); }
+    typedef uint32_t integers __attribute__((vector_size(16)));  // they may wrap around: see sum_once
+    static FC_INLINE integers as_integers(vec v) { return (integers)v; }
+    static FC_INLINE vec add_exponent(vec p, integers n) { return (vec)((integers)p + (n << 23)); }
 #endif
 
 #if !defined(__AVX512F__)
@@ -299,6 +320,7 @@ struct F32 {
         const vec magic = set(12582912.f), r = t + magic;
         return add_exponent(poly(t - (r - magic)), as_integers(r));
     }
+    static FC_INLINE vec exp2_finite(vec t) { return exp2(max(t, set(lowest_exponent))); }
     static FC_INLINE vec exp2_or_zero(vec t) {
         const vec lowest = set(-126.f);
         return where_greater(t, lowest, exp2(max(t, lowest)));
@@ -319,6 +341,22 @@ struct F32 {
         int64_t sum = 0;
         for (int i = 0; i < lanes; ++i) sum += value[i];
         return sum;
+    }
+#endif
+#if !defined(__AVX512F__)
+    static FC_INLINE bool any_of_32(const uint16_t* a, const uint16_t* b) {
+        uint64_t words[16], any = 0;
+        std::memcpy(words, a, 64);
+        std::memcpy(words + 8, b, 64);
+        for (const uint64_t word : words) any |= word;
+        return any != 0;
+    }
+    static constexpr int key_lanes = 1;
+    static FC_INLINE int keep_counted(const uint16_t* a, const uint16_t* b, uint16_t first, uint16_t* key, float* count) {
+        const int n = int(*a) + int(*b);
+        *key = first;
+        *count = float(n);
+        return n != 0;
     }
 #endif
     template <class T> static FC_INLINE void load_any_order(const T* p, vec& a, vec& b) {
@@ -358,6 +396,7 @@ struct F64 {
     static FC_INLINE bool any_not_less(vec a, vec b) { return a >= b; }
     static FC_INLINE vec where_greater(vec a, vec b, vec v) { return a > b ? v : 0.0; }
     static FC_INLINE vec exp2(vec t) { return ::exp2(t); }
+    static FC_INLINE vec exp2_finite(vec t) { return ::exp2(t); }
     static FC_INLINE vec exp2_or_zero(vec t) { return t > lowest_exponent ? ::exp2(t) : 0.0; }
     static FC_INLINE double* compress_not_less(double* out, vec v, vec bound) {
         *out = v;

@@ -6,7 +6,7 @@
 #pragma once
 #include <limits>
 
-#include "accumulate.h"
+#include "segment.h"
 #include "api.h"
 #include "selection.h"
 #include "statistics_backward.h"

@@ -1,6 +1,6 @@
 // statistics: forward.
 #pragma once
-#include "accumulate.h"
+#include "segment.h"
 #include "api.h"
 #include "ranks.h"
 #include "selection.h"

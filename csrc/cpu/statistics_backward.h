@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "accumulate.h"
+#include "segment.h"
 #include "api.h"
 #include "statistics.h"
 

@@ -49,9 +49,9 @@ int64_t statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t i
                             int64_t inner_stride, int64_t vocab, int64_t width, uintptr_t temperature,
                             int64_t temperature_rows, int64_t temperature_count, uintptr_t ids, int64_t per_row,
                             uintptr_t offsets, int64_t ignore_index, uintptr_t out_rows, uintptr_t scalars,
-                            uintptr_t saved, uintptr_t grad_rows, uintptr_t grad_scalars, uintptr_t grad_log_prob,
-                            uintptr_t out, int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride,
-                            uintptr_t workspace, int device, uintptr_t stream) {
+                            uintptr_t argmax, uintptr_t saved, uintptr_t grad_rows, uintptr_t grad_scalars,
+                            uintptr_t grad_log_prob, uintptr_t out, int64_t to_inner, int64_t to_outer_stride,
+                            int64_t to_inner_stride, uintptr_t workspace, int device, uintptr_t stream) {
     StatisticsBackwardArgs a;
     a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
     a.vocab = vocab;
@@ -60,6 +60,7 @@ int64_t statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t i
     a.selected = {ptr<const int64_t>(ids), per_row, ptr<const int64_t>(offsets), ignore_index};
     a.rows = ptr(out_rows);
     a.scalars = ptr(scalars);
+    a.argmax = ptr<const int64_t>(argmax);
     a.saved = ptr(saved);
     a.grad_rows = ptr(grad_rows);
     a.grad_scalars = ptr(grad_scalars);
@@ -91,6 +92,43 @@ int64_t ranks(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t 
     return 0;
 }
 
+int64_t softmax(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                int64_t vocab, int64_t width, uintptr_t temperature, int64_t temperature_rows, uintptr_t out,
+                uintptr_t logsumexp, bool log, uintptr_t workspace, int device, uintptr_t stream) {
+    SoftmaxArgs a;
+    a.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    a.vocab = vocab;
+    a.width = width;
+    a.temperatures = {ptr<const double>(temperature), temperature_rows, 1};
+    a.out = ptr(out);
+    a.logsumexp = ptr(logsumexp);
+    a.log = log;
+    const OnDevice here(device);
+    if (!workspace) return int64_t(softmax_workspace(a));
+    check(launch_softmax(a, ptr(workspace), ptr<CUstream_st>(stream)), "softmax");
+    return 0;
+}
+
+int64_t softmax_backward(uintptr_t grad, int dtype, int64_t rows, int64_t inner, int64_t outer_stride,
+                         int64_t inner_stride, int64_t vocab, int64_t width, uintptr_t result, uintptr_t logsumexp,
+                         uintptr_t temperature, int64_t temperature_rows, uintptr_t out, uintptr_t grad_temperature,
+                         bool log, uintptr_t workspace, int device, uintptr_t stream) {
+    SoftmaxArgs a;
+    a.logits = {ptr(grad), dtype, rows, inner, outer_stride, inner_stride};
+    a.vocab = vocab;
+    a.width = width;
+    a.temperatures = {ptr<const double>(temperature), temperature_rows, 1};
+    a.out = ptr(out);
+    a.saved = ptr(result);
+    a.logsumexp = ptr(logsumexp);
+    a.grad_temperature = ptr<double>(grad_temperature);
+    a.log = log;
+    const OnDevice here(device);
+    if (!workspace) return int64_t(softmax_backward_workspace(a));
+    check(launch_softmax_backward(a, ptr(workspace), ptr<CUstream_st>(stream)), "softmax_backward");
+    return 0;
+}
+
 }  // namespace
 
 void bind(pybind11::module_& m) {
@@ -98,6 +136,8 @@ void bind(pybind11::module_& m) {
     m.def("cuda_statistics_forward", &statistics, release);
     m.def("cuda_statistics_backward", &statistics_backward, release);
     m.def("cuda_ranks", &ranks, release);
+    m.def("cuda_softmax_forward", &softmax, release);
+    m.def("cuda_softmax_backward", &softmax_backward, release);
     m.def("cuda_targets", [] { return std::string(compiled_targets()); });
 }
 

@@ -40,7 +40,7 @@ ThresholdPlan plan_thresholds(int64_t rows, int64_t selected, bool ragged, bool 
 
 // What the current device has; the fallbacks are what every GPU since sm_80 has.
 struct Device {
-    int multiprocessors = 64, shared_bytes = 99 * 1024;
+    int multiprocessors = 64, shared_bytes = 99 * 1024, l2_bytes = 3 << 20;
 };
 Device current_device();
 

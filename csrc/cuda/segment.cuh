@@ -68,6 +68,10 @@ template <class T> constexpr uint32_t kMaskedWord = 0xff800000u;
 template <> constexpr uint32_t kMaskedWord<BFloat16> = 0xff80ff80u;
 template <> constexpr uint32_t kMaskedWord<Float16> = 0xfc00fc00u;
 
+template <class T> __device__ __forceinline__ uint4 masked_vector() {
+    return make_uint4(kMaskedWord<T>, kMaskedWord<T>, kMaskedWord<T>, kMaskedWord<T>);
+}
+
 template <class T> __device__ __forceinline__ float to_float(const T& x) {
     float wide[kPerWord<T>];
     widen(storage_bits(x), wide, T());
@@ -140,6 +144,11 @@ template <class T> __device__ __forceinline__ uint4 load_vector(const T* row, in
     return __ldg(reinterpret_cast<const uint4*>(row + column));
 }
 
+// The same, of what nobody reads after: the caches give its place away first.
+template <class T> __device__ __forceinline__ uint4 load_last_time(const T* row, int64_t column) {
+    return __ldcs(reinterpret_cast<const uint4*>(row + column));
+}
+
 // A vector that hangs over an end of the row: its elements are read one by one, and no byte outside the row is touched.
 template <class T> __device__ __forceinline__ uint4 load_elements(const T* row, int64_t column, int64_t vocab) {
     uint32_t words[4];
@@ -165,7 +174,7 @@ __device__ __forceinline__ void load_at_ends(const T* row, int64_t first, int64_
     for (int j = 0; j < kVectors; ++j) {
         const int64_t column = first + j * kStride<T>;
         const bool whole = column >= 0 && column + kPerVector<T> <= vocab;
-        out[j] = make_uint4(kMaskedWord<T>, kMaskedWord<T>, kMaskedWord<T>, kMaskedWord<T>);
+        out[j] = masked_vector<T>();
         if (whole) out[j] = load_vector(row, column);
     }
     if (first < 0) out[0] = load_elements(row, first, vocab);
@@ -182,7 +191,8 @@ template <class T> struct Segment {
     int slots;  // vectors of a thread that hold any column
 
     // Columns [start, start + kSegmentLength) of a row of `vocab`; what is missing is -inf. All lanes take part.
-    __device__ __forceinline__ void load(const T* row, int64_t start, int64_t vocab) {
+    // `last_time` says that nobody will look at them again.
+    __device__ __forceinline__ void load(const T* row, int64_t start, int64_t vocab, bool last_time = false) {
         const int64_t left = vocab - start;
         slots = left >= kSegmentLength<T> ? kVectors : int((left + kStride<T> - 1) / kStride<T>);
         // Where the row starts `shift` elements behind a multiple of 16 bytes, aligned vectors are read and each lane's
@@ -190,7 +200,10 @@ template <class T> struct Segment {
         const int shift = misalignment(row);
         const int64_t first = start + int64_t(threadIdx.x) * kPer - shift;
         const bool inside = start >= shift && left >= kSegmentLength<T> + (shift ? kPer - shift : 0);
-        if (inside) {
+        if (inside && last_time) {
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) vectors[j] = load_last_time(row, first + j * kStride<T>);
+        } else if (inside) {
 #pragma unroll
             for (int j = 0; j < kVectors; ++j) vectors[j] = load_vector(row, first + j * kStride<T>);
         } else {
@@ -207,7 +220,10 @@ template <class T> struct Segment {
         }
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-            if (j >= slots) continue;
+            if (j >= slots) {  // the aligned vector may hold the last columns: no padding's, where that is written too
+                vectors[j] = masked_vector<T>();
+                continue;
+            }
             const uint4 next = choose(lane == 31, from_lane(extra, j), from_next_lane(vectors[j]));
             vectors[j] = shifted(vectors[j], next, shift * int(sizeof(T)));
         }

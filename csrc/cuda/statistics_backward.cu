@@ -87,37 +87,8 @@ __global__ void __launch_bounds__(128) prepare_gradient(const StatisticsBackward
     // A row without a softmax: saved[2] tells "all -inf" from NaN.
     if (any && isnan(g.max)) g.kind = saved[2] == 0 ? RowGradient::kZero : RowGradient::kNaN;
     if (g.kind < RowGradient::kSimple) g.top_gradient = 0;
+    if (g.top_gradient != 0) g.top_column = a.argmax[row];
     if (lane == 0) prepared.rows[row] = g;
-}
-
-// The lowest index of the maximum, only where max_prob has a gradient: it is wanted rarely, so it is looked for again
-// rather than kept, which then costs a second read up to where it stands.
-template <class T> __global__ void __launch_bounds__(kThreads, 3)
-    find_top_column(const StatisticsBackwardArgs a, const Prepared prepared) {
-    __shared__ int found[2];
-    const int64_t row = blockIdx.x;
-    RowGradient& g = prepared.rows[row];
-    const float max = g.max;
-    if (g.top_gradient == 0) return;
-    const T* x = a.logits.row<const T>(row);
-    int parity = 0;
-    for (int64_t start = 0; start < a.vocab; start += kSegmentLength<T>, parity ^= 1) {
-        if (threadIdx.x == 0) found[parity] = kSegmentLength<T>;
-        __syncthreads();
-        Segment<T> segment;
-        segment.load(x, start, a.vocab);
-        int lowest = kSegmentLength<T>;
-        segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
-#pragma unroll
-            for (int u = 0; u < kPerVector<T>; ++u)
-                if (z[u] >= max) lowest = min(lowest, segment.column(j, u));
-        });
-        if (lowest < kSegmentLength<T>) atomicMin(&found[parity], lowest);
-        __syncthreads();
-        if (found[parity] == kSegmentLength<T>) continue;
-        if (threadIdx.x == 0) g.top_column = start + found[parity];
-        return;
-    }
 }
 
 __device__ __forceinline__ float gradient_of(float z, const RowGradient& g, const Polynomial* polynomials,
@@ -264,8 +235,6 @@ int launch_statistics_backward(const StatisticsBackwardArgs& args, void* workspa
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return int(error);
     return with_storage(args.logits.dtype, [&](auto storage) {
         using T = decltype(storage);
-        find_top_column<T><<<unsigned(rows), kThreads, 0, stream>>>(args, prepared);
-        if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return int(error);
         write_gradient<T><<<unsigned(rows * segments), kThreads, 0, stream>>>(args, prepared, int(segments));
         return int(cudaGetLastError());
     });

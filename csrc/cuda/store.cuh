@@ -17,15 +17,20 @@ template <class T> __device__ __forceinline__ void store_elements(T* row, int64_
 }
 
 // One instruction: written as an assignment, compilers took one of eight apart into four stores.
-__device__ __forceinline__ void store_vector(void* to, const uint4& v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
+// `Streaming` marks its place in the caches as the first to be given away.
+template <bool Streaming> __device__ __forceinline__ void store_vector(void* to, const uint4& v) {
+    if constexpr (Streaming)
+        asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                     : "memory");
+    else
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                     : "memory");
 }
 
 // Each lane's vector of logits starts `shift` elements behind a multiple of 16 bytes in the output. A lane therefore
 // writes the aligned vector that begins with the last elements of the lane before it; what hangs over the ends of the
 // 512 bytes of a warp, or over the end of the row, is written element by element.
-template <class T>
+template <bool Streaming = false, class T>
 __device__ __forceinline__ void store_segment(const Segment<T>& segment, T* row, int64_t start, int64_t width) {
     constexpr int kPer = kPerVector<T>;
     const int shift = misalignment(row), lane = lane_index();
@@ -38,7 +43,7 @@ __device__ __forceinline__ void store_segment(const Segment<T>& segment, T* row,
         uint4 v = own;
         if (shift) v = shifted(from_previous_lane(own), own, (kPer - shift) * int(sizeof(T)));
         const bool whole = (lane > 0 || shift == 0) && column + kPer <= width;
-        if (whole) store_vector(row + column, v);
+        if (whole) store_vector<Streaming>(row + column, v);
         else store_elements(row, column, v, lane == 0 ? shift : 0, kPer, width);
         // The last elements of lane 31 have no next lane to write them.
         if (shift && lane == 31) {

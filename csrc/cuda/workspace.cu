@@ -11,6 +11,8 @@ Device current_device() {
         device.multiprocessors = value;
     if (cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess)
         device.shared_bytes = std::max(device.shared_bytes, value);
+    if (cudaDeviceGetAttribute(&value, cudaDevAttrL2CacheSize, index) == cudaSuccess && value > 0)
+        device.l2_bytes = value;
     return device;
 }
 

@@ -70,6 +70,7 @@ def statistics_backward(
     offsets: Tensor | None,
     rows: Tensor,
     scalars: Tensor,
+    argmax: Tensor,
     saved: Tensor,
     vocab_size: int,
     ignore_index: int,
@@ -82,7 +83,7 @@ def statistics_backward(
     in_place = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     if in_place:
         target = row_layout(torch.empty(out.shape, dtype=out.dtype, device=out.device))
-    keep = [t.contiguous() for t in (rows, scalars, saved, grad_rows, grad_scalars, grad_log_prob)]
+    keep = [t.contiguous() for t in (rows, scalars, argmax, saved, grad_rows, grad_scalars, grad_log_prob)]
     _launch(
         "cuda_statistics_backward", layout.tensor, *layout.args()[1:], vocab_size, logits.shape[-1], temperature,
         *temperature.shape, index, per_row, offsets, ignore_index, *keep, target.tensor, target.inner,
@@ -111,4 +112,38 @@ def ranks(
     _launch(
         "cuda_ranks", layout.tensor, *layout.args()[1:], vocab_size, index, thresholds, count, per_row, offsets,
         ignore_index, temperature, *((0, 0) if temperature is None else temperature.shape), *out,
+    )  # fmt: skip
+
+
+def softmax_forward(
+    out: Tensor, logsumexp: Tensor, logits: Tensor, temperature: Tensor, vocab_size: int, log: bool
+) -> None:
+    """The results of ``fastcalib::softmax``; ``out`` is contiguous."""
+    layout = row_layout(logits)
+    if layout.n_rows == 0:
+        return
+    _launch(
+        "cuda_softmax_forward", layout.tensor, *layout.args()[1:], vocab_size, logits.shape[-1], temperature,
+        temperature.shape[0], out, logsumexp, log,
+    )  # fmt: skip
+
+
+def softmax_backward(
+    out: Tensor,
+    grad_temperature: Tensor | None,
+    grad: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    log: bool,
+) -> None:
+    """The gradients to the logits, into the contiguous ``out``, and to the temperature of each row unless that is
+    None; ``output`` is the contiguous result of forward."""
+    layout = row_layout(grad)
+    if layout.n_rows == 0:
+        return
+    _launch(
+        "cuda_softmax_backward", layout.tensor, *layout.args()[1:], vocab_size, grad.shape[-1], output, logsumexp,
+        temperature, temperature.shape[0], out, grad_temperature, log,
     )  # fmt: skip

@@ -111,17 +111,17 @@ def statistics_backward(
 ) -> None:
     """Write the gradient to the logits into ``out``, which may be the logits."""
     check_dtype(logits)
+    if argmax is None:
+        raise RuntimeError("fastcalib::statistics_backward needs the argmax of forward on an accelerator")
     layout, target, temperature = row_layout(logits), row_layout(out), temperature.contiguous()
     upstream = (grad_rows.contiguous(), grad_scalars.contiguous(), grad_log_prob.contiguous())
     with on_device(logits):
         if backend == "cuda":
             _cuda.statistics_backward(
-                out, *upstream, logits, temperature, index, per_row, offsets, rows, scalars, saved, vocab_size,
-                ignore_index,
+                out, *upstream, logits, temperature, index, per_row, offsets, rows, scalars, argmax, saved,
+                vocab_size, ignore_index,
             )  # fmt: skip
             return
-        if argmax is None:
-            raise RuntimeError("fastcalib::statistics_backward needs the argmax of forward on an accelerator")
         kernels("statistics_backward").backward(
             target.tensor, rows_of(target), *upstream, layout.tensor, rows_of(layout), temperature, index, per_row,
             offsets, rows, scalars, argmax, saved, vocab_size, ignore_index,
@@ -157,22 +157,17 @@ def ranks(
         )  # fmt: skip
 
 
-def _refuse_cuda(backend: str) -> None:
-    if backend == "cuda":
-        raise RuntimeError("backend 'cuda' has statistics and ranks; softmax and log_softmax need backend='triton'")
-
-
 def softmax_forward(
     out: Tensor, logsumexp: Tensor, logits: Tensor, temperature: Tensor, vocab_size: int, log: bool, backend: str
 ) -> None:
-    """Fill the probabilities (or their logarithms) and the logsumexp of each row."""
+    """Fill the probabilities (or their logarithms) and the logsumexp of each row; ``out`` is contiguous."""
     check_dtype(logits)
-    _refuse_cuda(backend)
-    layout = row_layout(logits)
+    layout, temperature = row_layout(logits), temperature.contiguous()
     with on_device(logits):
-        kernels("softmax").forward(
-            out, logsumexp, layout.tensor, rows_of(layout), temperature.contiguous(), vocab_size, log
-        )
+        if backend == "cuda":
+            _cuda.softmax_forward(out, logsumexp, logits, temperature, vocab_size, log)
+            return
+        kernels("softmax").forward(out, logsumexp, layout.tensor, rows_of(layout), temperature, vocab_size, log)
 
 
 def softmax_backward(
@@ -188,10 +183,11 @@ def softmax_backward(
 ) -> None:
     """Fill the gradient to the logits and, unless it is None, that to the temperature of each row."""
     check_dtype(grad)
-    _refuse_cuda(backend)
-    layout = row_layout(grad)
+    layout, output, temperature = row_layout(grad), output.contiguous(), temperature.contiguous()
     with on_device(grad):
+        if backend == "cuda":
+            _cuda.softmax_backward(out, grad_temperature, grad, output, logsumexp, temperature, vocab_size, log)
+            return
         kernels("softmax_backward").backward(
-            out, grad_temperature, layout.tensor, rows_of(layout), output.contiguous(), logsumexp,
-            temperature.contiguous(), vocab_size, log,
-        )  # fmt: skip
+            out, grad_temperature, layout.tensor, rows_of(layout), output, logsumexp, temperature, vocab_size, log
+        )

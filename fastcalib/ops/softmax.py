@@ -170,7 +170,7 @@ def softmax(
         logits: (*, V), float32, bfloat16, float16 or float64.
         temperature: a number, or a tensor that broadcasts to the leading dimensions (one temperature a row).
         vocab_size: columns from here on are padding: probability 0, gradient 0.
-        backend: "auto", "eager", "cpp" or "triton".
+        backend: "auto", "eager", "cpp", "triton" or "cuda".
 
     Returns:
         (*, V) in the dtype of the logits, computed in float32 (float64 for float64). Differentiable in the logits and

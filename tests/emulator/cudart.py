@@ -138,11 +138,14 @@ class Library:
         raise KeyError(f"kernel {kernel} is launched, but none of the PTX files has it")
 
     @contextlib.contextmanager
-    def run(self, *, multiprocessors: int = 132, sm: int = 90, **options: Any) -> Iterator[CudaRun]:
-        """Launches inside the block run here, with `machine.Options`; ``multiprocessors`` is what a device says."""
+    def run(
+        self, *, multiprocessors: int = 132, l2_bytes: int = 50 << 20, sm: int = 90, **options: Any
+    ) -> Iterator[CudaRun]:
+        """Launches inside the block run here, with `machine.Options`; ``multiprocessors`` and ``l2_bytes`` are what a
+        device says of itself."""
         run = CudaRun(self, Options(**options))
         shared = {80: 166912, 86: 101376, 89: 101376, 120: 101376}.get(sm, 232448)
-        self.runtime.stub_set_device(multiprocessors, sm // 10, sm % 10, shared)
+        self.runtime.stub_set_device(multiprocessors, sm // 10, sm % 10, shared, l2_bytes)
         callback = _Callback(run.launched)
         self.runtime.stub_set_callback(callback)
         try:

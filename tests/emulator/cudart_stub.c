@@ -10,7 +10,7 @@ typedef int (*launch_callback)(const char *kernel, const unsigned *extents, size
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE_FUNCTION = 98, FUNCTIONS = 4096 };
 
 static launch_callback callback;
-static int last_error, streaming_multiprocessors = 132, major = 9, minor = 0, maximum_shared = 232448;
+static int last_error, streaming_multiprocessors = 132, major = 9, minor = 0, maximum_shared = 232448, l2_bytes = 50 << 20;
 
 static struct { const void *host; const char *name; int shared_limit; } functions[FUNCTIONS];
 static int function_count;
@@ -20,11 +20,12 @@ static int depth;
 
 void stub_set_callback(launch_callback given) { callback = given; last_error = SUCCESS; }
 
-void stub_set_device(int multiprocessors, int major_version, int minor_version, int shared_optin) {
+void stub_set_device(int multiprocessors, int major_version, int minor_version, int shared_optin, int l2) {
   streaming_multiprocessors = multiprocessors;
   major = major_version;
   minor = minor_version;
   maximum_shared = shared_optin;
+  l2_bytes = l2;
 }
 
 static int fail(int error) { return last_error = error; }
@@ -128,7 +129,7 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     case 10: *value = 32; break;                          /* WarpSize */
     case 12: *value = 65536; break;                       /* MaxRegistersPerBlock */
     case 16: *value = streaming_multiprocessors; break;   /* MultiProcessorCount */
-    case 38: *value = 50 << 20; break;                    /* L2CacheSize */
+    case 38: *value = l2_bytes; break;                    /* L2CacheSize */
     case 39: *value = 2048; break;                        /* MaxThreadsPerMultiProcessor */
     case 75: *value = major; break;                       /* ComputeCapabilityMajor */
     case 76: *value = minor; break;                       /* ComputeCapabilityMinor */
