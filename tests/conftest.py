@@ -19,12 +19,27 @@ backends_module = importlib.import_module("fastcalib.backends")  # the package h
 CPP_IS_LIVE = fastcalib.backends()["cpp"][0]
 CPP_BACKENDS = [f"cpp-{isa}" for isa in extension().isas()] if CPP_IS_LIVE else []
 # The grid of the kernels, which a GPU gets too where there is one: the CPU tensors of these tests are carried to it.
-GPU_GRID = ("statistics", "statistics_backward", "ranks", "softmax", "moments", "edge_cases", "determinism", "properties")
+GPU_GRID = (
+    "statistics",
+    "statistics_backward",
+    "ranks",
+    "softmax",
+    "moments",
+    "edge_cases",
+    "determinism",
+    "properties",
+)
+# What of the GPU's own tests runs in the emulator where there is no GPU: seconds.
+GPU_EMULATED = (
+    "test_bad_ids_are_marked_and_do_no_harm",
+    "test_padded_columns_take_no_part",
+    "test_drop_in_cross_entropy",
+)
 GPU_BACKENDS = [f"gpu-{kind}" for kind in gpu_tools.LIVE]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # For a run over other backends: FASTCALIB_TEST_BACKENDS=triton-sm90, triton-sm80 (emulated), carried-sm90 (emulated,
+    # For other backends: FASTCALIB_TEST_BACKENDS=triton-sm90, triton-sm80 (emulated), carried-sm90 (emulated,
     # in copies of the tensors as a GPU has them), triton-interpreter, gpu-triton or gpu-cuda.
     other = os.environ.get("FASTCALIB_TEST_BACKENDS", "").split()
     here = metafunc.module.__name__.rpartition(".test_")[2]
@@ -38,7 +53,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "gpu" in metafunc.fixturenames:
         # FASTCALIB_TEST_GPU=emulated-sm90 runs the bodies that need no real GPU.
         live = os.environ.get("FASTCALIB_TEST_GPU", "").split() or gpu_tools.LIVE
-        metafunc.parametrize("gpu", live or ["none"], indirect=True)
+        without = "emulated-sm90" if metafunc.function.__name__ in GPU_EMULATED else "none"
+        metafunc.parametrize("gpu", live or [without], indirect=True)
 
 
 def _activate(name: str) -> Iterator[str]:

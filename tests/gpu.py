@@ -1,7 +1,7 @@
 """GPU kernels under tests written for CPU tensors, and the device that tests written for a GPU run on.
 
-``carrying`` lets the whole grid of the CPU tests run on a GPU unchanged: whatever the operations hand to the kernels for
-accelerators goes to the device in the same memory layout, is computed there, and comes back. Not yet run on a GPU:
+``carrying`` lets the whole grid of the CPU tests run on a GPU unchanged: whatever the operations hand to the kernels
+for accelerators goes to the device in the same memory layout, is computed there, and comes back. Not yet run on a GPU:
 here the device has been the emulator's.
 """
 
@@ -155,7 +155,7 @@ def _skip_what_has_no_kernel(arguments: dict[str, Any]) -> None:
 def carrying(device: torch.device | str, kind: str) -> Iterator[str]:
     """Calls on CPU tensors with ``backend="triton"`` run on a device with the kernels of a kind. Yields "triton"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends_module, "_triton_on_cpu", True)
+        patch.setattr(backends_module, "_on_cpu", ("triton",))
         for name in RESULTS:
             patch.setattr(_gpu, name, _carried(name, getattr(_gpu, name), torch.device(device), kind))
         yield "triton"
@@ -167,7 +167,7 @@ def emulated(sm: int) -> Iterator[None]:
     from . import emulator
 
     with emulator.triton(sm=sm, ptxas=False), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends_module, "_triton_on_cpu", True)
+        patch.setattr(backends_module, "_on_cpu", ("triton",))
         yield
 
 

@@ -95,7 +95,7 @@ def test_drop_in_cross_entropy(gpu):
         (fastcalib.functional.cross_entropy, gpu.put, {}),
     ):
         z = put(host).requires_grad_()
-        with fastcalib.use_backend(gpu.backend if put is gpu.put else "auto"):
+        with fastcalib.use_backend(gpu.backend if put == gpu.put else "auto"):
             loss = function(z, put(target), label_smoothing=0.1, **options)
             loss.backward()
         results.append((loss.detach().cpu().double(), z.grad.cpu().double()))
