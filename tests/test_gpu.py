@@ -1,7 +1,8 @@
 """The kernels on tensors that live on a GPU: the grid of the CPU tests against float64. Not yet run on a GPU.
 
 With a GPU there, the tests of each operation (test_statistics.py and its neighbours, conftest.GPU_GRID) run on it
-too; these see what those cannot: the device's own dispatch, its memory layouts, the sizes that only a GPU is fast enough for.
+too; these see what those cannot: the device's own dispatch, its memory layouts, the
+sizes that only a GPU is fast enough for.
 """
 
 from __future__ import annotations
