@@ -107,7 +107,7 @@ def pull_back(result: object, inputs: list[Tensor], upstream: dict[str, Tensor])
     """Gradients of the inputs for upstream gradients of any fields of a TokenStatistics or Reference."""
     outputs = [(getattr(result, name), g) for name, g in upstream.items() if getattr(result, name).requires_grad]
     values = [v for v, _ in outputs]
-    grads = [g.to(v.dtype).reshape(v.shape) for v, g in outputs]
+    grads = [g.to(v).reshape(v.shape) for v, g in outputs]
     return list(torch.autograd.grad(values, inputs, grads, allow_unused=True))
 
 
@@ -130,9 +130,12 @@ def assert_gradient(
 
 def check_gradient(
     logits: Tensor, index: list[list[int]], temperature: float | list[float] | Tensor, backend: str, what: str,
-    *, skip: tuple[str, ...] = (), vocab_size: int | None = None, seed: int = 0,
+    *, skip: tuple[str, ...] = (), vocab_size: int | None = None, seed: int = 0, device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
-    """The gradient of all smooth fields at once, random upstreams, against autograd of the reference. logits (N, V)."""
+    """The gradient of all smooth fields at once, random upstreams, against autograd of the reference. logits (N, V).
+
+    ``device``: where the gradient is computed; logits and temperature are given on the CPU.
+    """
     before = logits.detach().clone()
     exact = logits.detach().double().requires_grad_()
     want = reference.statistics(exact, temperature, index, vocab_size=vocab_size)
@@ -140,14 +143,15 @@ def check_gradient(
     (expected,) = pull_back(want, [exact], upstream)
     if expected is None:  # no row with a softmax: nothing depends on the logits
         expected = torch.zeros_like(exact)
-    z = logits.detach().requires_grad_()
-    sets = fastcalib.ValidSets.from_lists(index) if any(index) else None
-    got = fastcalib.statistics(z, sets, temperature, vocab_size=vocab_size, backend=backend)
+    z = logits.detach().to(device).requires_grad_()
+    sets = fastcalib.ValidSets.from_lists(index).to(device) if any(index) else None
+    temperature_there = temperature.to(device) if isinstance(temperature, Tensor) else temperature
+    got = fastcalib.statistics(z, sets, temperature_there, vocab_size=vocab_size, backend=backend)
     present = upstream if sets is not None else {k: v for k, v in upstream.items() if k != "log_prob"}
     (actual,) = pull_back(got, [z], present)
     scale = reference.gradient_scale(before, temperature, index, upstream, vocab_size=vocab_size)
     zero = before == -torch.inf
     if vocab_size is not None:
         zero[:, vocab_size:] = True
-    assert_gradient(actual, expected, scale, logits.dtype, what, zero)
-    assert torch.equal(logits.detach().nan_to_num(), before.nan_to_num()), f"{what}: the logits were written to"
+    assert_gradient(actual.cpu(), expected, scale, logits.dtype, what, zero)
+    assert torch.equal(z.detach().cpu().nan_to_num(), before.nan_to_num()), f"{what}: the logits were written to"

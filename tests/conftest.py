@@ -12,18 +12,49 @@ import torch
 import fastcalib
 from fastcalib.backends import extension
 
+from . import gpu as gpu_tools
+
 backends_module = importlib.import_module("fastcalib.backends")  # the package has a function of that name
 
 CPP_IS_LIVE = fastcalib.backends()["cpp"][0]
 CPP_BACKENDS = [f"cpp-{isa}" for isa in extension().isas()] if CPP_IS_LIVE else []
+# The grid of the kernels, which a GPU gets too where there is one: the CPU tensors of these tests are carried to it.
+GPU_GRID = (
+    "statistics",
+    "statistics_backward",
+    "ranks",
+    "softmax",
+    "moments",
+    "edge_cases",
+    "determinism",
+    "properties",
+)
+# What of the GPU's own tests runs in the emulator where there is no GPU: seconds.
+GPU_EMULATED = (
+    "test_bad_ids_are_marked_and_do_no_harm",
+    "test_padded_columns_take_no_part",
+    "test_drop_in_cross_entropy",
+)
+GPU_BACKENDS = [f"gpu-{kind}" for kind in gpu_tools.LIVE]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # For a run over other backends: FASTCALIB_TEST_BACKENDS=triton-sm90, triton-sm80 (emulated) or triton-interpreter.
+    # For other backends: FASTCALIB_TEST_BACKENDS=triton-sm90, triton-sm80 (emulated), carried-sm90 (emulated,
+    # in copies of the tensors as a GPU has them), triton-interpreter, gpu-triton or gpu-cuda.
     other = os.environ.get("FASTCALIB_TEST_BACKENDS", "").split()
-    for fixture, names in (("backend", other or ["eager", *CPP_BACKENDS]), ("cpp_backend", other or CPP_BACKENDS)):
+    here = metafunc.module.__name__.rpartition(".test_")[2]
+    on_gpu = GPU_BACKENDS if here in GPU_GRID else []
+    for fixture, names in (
+        ("backend", other or ["eager", *CPP_BACKENDS, *on_gpu]),
+        ("cpp_backend", other or [*CPP_BACKENDS, *on_gpu]),
+    ):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, names, indirect=True)
+    if "gpu" in metafunc.fixturenames:
+        # FASTCALIB_TEST_GPU=emulated-sm90 runs the bodies that need no real GPU.
+        live = os.environ.get("FASTCALIB_TEST_GPU", "").split() or gpu_tools.LIVE
+        without = "emulated-sm90" if metafunc.function.__name__ in GPU_EMULATED else "none"
+        metafunc.parametrize("gpu", live or [without], indirect=True)
 
 
 def _activate(name: str) -> Iterator[str]:
@@ -40,6 +71,17 @@ def _activate(name: str) -> Iterator[str]:
         ):
             patch.setattr(backends_module, "_on_cpu", ("triton",))
             yield "triton"
+        return
+    if name.startswith("gpu-"):
+        with gpu_tools.carrying("cuda", name.removeprefix("gpu-")) as backend:
+            yield backend
+        return
+    if name.startswith("carried-sm"):
+        with (
+            gpu_tools.emulated(int(name.removeprefix("carried-sm"))),
+            gpu_tools.carrying("cpu", "triton") as backend,
+        ):
+            yield backend
         return
     if not name.startswith("cpp-"):
         yield name
@@ -61,6 +103,23 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def cpp_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ backend alone, for promises that plain PyTorch does not make; skipped where it is not built."""
     yield from _activate(request.param)
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[gpu_tools.Device]:
+    """A GPU with one kind of kernels; skipped where there is none."""
+    if request.param == "none":
+        pytest.skip("torch sees no CUDA device")
+    with gpu_tools.open_device(request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def real_gpu(gpu: gpu_tools.Device) -> gpu_tools.Device:
+    """The same for what an emulator does not have: streams, graphs, an allocator, several devices."""
+    if gpu.emulated:
+        pytest.skip("needs a real GPU")
+    return gpu
 
 
 @pytest.fixture(autouse=True)
