@@ -77,6 +77,17 @@ def test_undefined_long_rows_leave_others_alone(backend, dtype, temperatures):
         assert torch.equal(value, want.expand_as(value)), field
 
 
+@pytest.mark.parametrize("value", [64.0, -64.0, 2.0**-20])
+def test_extremes_at_the_end_of_a_segment(backend, value):
+    """Magnitudes are bounded in whole blocks and in what is left over; outside of the bounds nothing is counted."""
+    logits = random_logits(1, 20_001, dtype=torch.bfloat16).abs().clamp(min=0.01)
+    logits[:, -1] = value
+    index = [[20_000]]
+    want = reference.statistics(logits, MANY, index)
+    got = fastcalib.statistics(logits, ValidSets.from_lists(index), MANY, backend=backend)
+    assert_statistics(got, want, torch.bfloat16, f"{value} at the end")
+
+
 def test_temperatures_far_apart_in_16_bits(backend):
     logits = random_logits(2, V, dtype=torch.bfloat16)
     logits[:, ::7] = -torch.inf

@@ -79,9 +79,7 @@ FASTCALIB_ONE_BODY void accumulate_distinct(const T* x, int64_t n, Scratch<S>& s
     counts.for_each_chunk<S>(kNegative, finite, chunk);
     head.n = int64_t(finite_logits);
     head.masked = counts.take(kNegative + finite);
-    if (head.n + head.masked != n) {  // a NaN or +inf: the counts of those are still there
-        counts.even.clear();
-        counts.odd.clear();
+    if (head.n + head.masked != n) {  // a NaN or +inf; their counts stay, and no one looks at them
         head = Head();
         head.undefined = true;
         return;
