@@ -181,6 +181,7 @@ def test_evenly_spaced_inverse_temperatures(backend, first, step, k, dtype):
         [1.0, 1e-30, 1e-12, 1e15, 0.5],
         [1e15, 1e-15, 1e-14, 0.05],
         [1e8, 1.0, 0.3, 0.1],
+        [1e15, 1 / (1e-15 + 5), 1 / (1e-15 + 10), 1 / (1e-15 + 15)],  # evenly spaced 1/T
     ],
 )
 def test_temperatures_do_not_disturb_each_other(backend, temperatures):

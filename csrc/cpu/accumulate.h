@@ -111,15 +111,15 @@ FC_INLINE void powers_of_block(Scratch<S>& scratch, const typename S::real* valu
                                double c_least, double step, Ahead& ahead, Spread<S>& spread) {
     using real = typename S::real;
     using vec = typename S::vec;
-    const vec m = S::set(max), least = S::set(S::lowest_exponent), floor = S::set(real(S::lowest_exponent / c_least));
+    const vec m = S::set(max), floor = S::set(real(S::lowest_exponent / c_least));
     const vec first = S::set(real(c_least)), distance = S::set(real(step));
     for (int64_t i = 0; i < n; i += S::lanes) {
         ahead.next();
         const vec z = S::load(values + i), y = S::max(z - m, floor);
         if constexpr (WithSpread) spread.add(z);
         S::store(scratch.below + i, y);
-        S::store(scratch.power + i, S::exp2(S::max(y * first, least)));
-        S::store(scratch.ratio + i, S::exp2(S::max(y * distance, least)));
+        S::store(scratch.power + i, S::exp2_finite(y * first));
+        S::store(scratch.ratio + i, S::exp2_finite(y * distance));
     }
 }
 

@@ -31,7 +31,7 @@ struct Betas {
         if (count == 1) return;
         const auto [least, most] = std::minmax_element(c.begin(), c.end());
         far_apart = *most > kWidest * *least;
-        if (count < 4) return;
+        if (count < 4 || far_apart) return;
         const double d = (c[count - 1] - c[0]) / double(count - 1);
         for (int64_t k = 1; k < count; ++k)
             // A deviation of 1e-11 c moves an exponent by at most 1e-9, far below float32.
