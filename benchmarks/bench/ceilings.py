@@ -111,10 +111,13 @@ class Ceilings:
 
         Args:
             x: only its size and dtype count.
-            kind: "statistics" (all sums of one temperature), "logsumexp" (one sum) or "gradient".
+            kind: "statistics" (all sums of one temperature), "logsumexp" (one sum), "gradient", or "eight powers"
+                (all sums of eight temperatures with evenly spaced inverses; float32 only).
         """
+        if kind == "eight powers" and x.dtype != torch.float32:
+            raise CeilingsUnavailable(f"arithmetic: eight powers are for float32, got {x.dtype}")
         function, code = self._lib.ceiling_arithmetic, DTYPE_CODES[x.dtype]
-        number = ("statistics", "logsumexp", "gradient").index(kind)
+        number = ("statistics", "logsumexp", "gradient", "eight powers").index(kind)
         return lambda: function(x.numel(), self.threads, code, number)
 
     def readwrite(self, x: Tensor) -> Callable[[], None]:

