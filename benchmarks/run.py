@@ -6,6 +6,7 @@
     python benchmarks/run.py --scaling        time and memory against V, N, K and M, with fitted slopes
     python benchmarks/run.py --overhead       microseconds per call on tiny logits
     python benchmarks/run.py --only 'ranks.*bf16' --json out.json --plot out.png --markdown out.md
+    python benchmarks/run.py --device cuda    the rows on a GPU, with the peers that have GPU kernels
 
 Run it on an idle machine.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import gpu, gpu_peers, gpu_suite
 from bench.cases import QUICK, SHORT, Case, all_cases
 from bench.machine import describe
 from bench.memory import RETAINED_HEAP
@@ -37,10 +39,14 @@ from bench.suite import SCHEMA, Settings, run_cases, validate
 from bench.target_runs import retained_run, run_targets
 from bench.targets import format_table
 
+# Samples of each competitor by device: in full, and with --quick.
+ROUNDS = {"cpu": (9, 3), "cuda": (50, 20)}
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the rows are measured (default: %(default)s)")
     add("--quick", action="store_true", help="seven rows and short sampling")
     add("--targets", action="store_true", help="only the table of figures to reach")
     add("--scaling", action="store_true", help="only the growth of time and memory")
@@ -53,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     heaps = "gradients in fresh memory, in a child process that keeps its heap, or both (default, unless --quick)"
     add("--heap", choices=("fresh", "retained", "both"), default=None, help=heaps)
     add("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s, as torch")
-    add("--rounds", type=int, default=None, help="undisturbed samples of each competitor (default 9, quick 3)")
+    add("--rounds", type=int, default=None, help="samples of each competitor (default 9, quick 3, on a GPU 50 and 20)")
     add("--budget", type=float, default=None, help="seconds of sampling per row (default 20, quick 5)")
     add("--no-wait", action="store_true", help="do not wait for the rest of the machine to be idle (to try things out)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
@@ -63,7 +69,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--from-json", metavar="FILE", help="measure nothing: tables and picture from an earlier --json")
     add("--retained-child", metavar="FILE", help=argparse.SUPPRESS)
     add("--backward-only", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        for name in ("targets", "scaling", "overhead", "all", "heap"):
+            if getattr(options, name):
+                parser.error(f"--{name} is of the CPU; with --device cuda leave it out")
+    options.shapes_given, options.shapes = options.shapes is not None, options.shapes or default_shapes(options)
+    return options
+
+
+def default_shapes(options: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    return gpu_suite.SHAPES if options.device == "cuda" else SHAPES
 
 
 def shapes(text: str) -> tuple[tuple[int, int], ...]:
@@ -76,7 +92,7 @@ def shapes(text: str) -> tuple[tuple[int, int], ...]:
 
 def choose(options: argparse.Namespace) -> list[Case]:
     """The rows asked for."""
-    cases = list(all_cases(options.shapes or SHAPES))
+    cases = list(all_cases(options.shapes))
     if options.quick and not options.only:
         quick = {f"{op} {dtype} {direction}" for op, dtype, direction in QUICK}
         first = (cases[0].n, cases[0].v)
@@ -91,11 +107,11 @@ def choose(options: argparse.Namespace) -> list[Case]:
 def settings_of(options: argparse.Namespace) -> Settings:
     return Settings(
         threads=options.threads,
-        rounds=options.rounds or (3 if options.quick else 9),
+        rounds=options.rounds or ROUNDS[options.device][options.quick],
         budget=options.budget or (5.0 if options.quick else 20.0),
         quiet=0.0 if options.no_wait else 1.0,
         compile=not options.no_compile,
-        target_shape=(options.shapes or SHAPES)[0],
+        target_shape=options.shapes[0],
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
 
@@ -103,7 +119,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def child_arguments(options: argparse.Namespace, settings: Settings) -> list[str]:
     """Options that make a child process measure as we do."""
     arguments: list[object] = ["--threads", settings.threads, "--rounds", settings.rounds, "--budget", settings.budget]
-    arguments += ["--shapes", ",".join(f"{n}x{v}" for n, v in options.shapes)] if options.shapes else []
+    arguments += ["--shapes", ",".join(f"{n}x{v}" for n, v in options.shapes)] if options.shapes_given else []
     arguments += ([] if settings.compile else ["--no-compile"]) + (["--no-wait"] if options.no_wait else [])
     return [str(a) for a in arguments]
 
@@ -160,6 +176,17 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
+def measure_on(device: gpu.Gpu, options: argparse.Namespace) -> dict[str, Any]:
+    """The rows on a GPU, printed on the way."""
+    settings = settings_of(options)
+    machine = {**describe(options.threads), "gpu": device.describe()}
+    print("\n".join(describe_machine(machine)))
+    rows = gpu_suite.run_cases(choose(options), settings, device, show)
+    document: dict[str, Any] = {"schema": SCHEMA, "machine": machine, "rows": rows}
+    document["peers"] = [asdict(p) for p in gpu_peers.survey()]
+    return document | {"targets": None, "scaling": None, "overhead": None}
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
@@ -169,7 +196,15 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
         Path(options.retained_child).write_text(json.dumps(retained_run(settings_of(options)).times()))
         return 0
-    document = json.loads(Path(options.from_json).read_text()) if options.from_json else measure_all(options)
+    if options.from_json:
+        document = json.loads(Path(options.from_json).read_text())
+    elif options.device == "cuda":
+        if why := gpu.why_not():
+            print(why, file=sys.stderr)
+            return 2
+        document = measure_on(gpu.Gpu(gpu.live_backends()), options)
+    else:
+        document = measure_all(options)
     validate(document)
     for target in (options.json, options.plot, options.markdown):
         if target:

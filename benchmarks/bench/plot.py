@@ -8,6 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 # Okabe and Ito's palette: told apart by the colour-blind, and by lightness in grey.
 COLOURS = {"eager": "#0072B2", "torch.compile": "#E69F00", "torch.compile tuned": "#009E73"}
+COLOURS |= {"liger-kernel": "#CC79A7", "quack": "#56B4E9", "trl kernel": "#D55E00"}  # on a GPU
 MOST_ROWS = 20
 STORY = [(f"statistics {label}", "fwd") for label in ("K=1", "K=8", "K=8 arithmetic")]
 STORY += [(f"ranks M={m}", "fwd") for m in (1, 16, 4096)]
@@ -22,6 +23,10 @@ LABELS = {
 def _title(row: Row) -> str:
     heap = ", retained heap" if row["heap"] == "retained" else ""
     return f"{row['op']}, {row['dtype']}, {row['n']:,}×{row['v']:,}, {row['direction']}{heap}"
+
+
+def _speedup(row: Row, name: str) -> float:
+    return float(row["speedup"][name]["paired" if "gpu" in row else "least"])
 
 
 def _drawn(rows: list[Row]) -> list[Row]:
@@ -56,7 +61,7 @@ def draw(document: dict[str, Any], path: str | Path) -> bool:
         for j, name in enumerate(names):
             if name not in row["speedup"]:
                 continue
-            value = row["speedup"][name]["least"]
+            value = _speedup(row, name)
             y = i + (j - (len(names) - 1) / 2) * thick
             left.barh(y, value - 1, left=1, height=thick * 0.92, color=COLOURS[name])
             left.annotate(
@@ -70,7 +75,7 @@ def draw(document: dict[str, Any], path: str | Path) -> bool:
                 xytext=(7, 0), textcoords="offset points", va="center", fontsize=8,
             )  # fmt: skip
     left.set_xscale("log")
-    speeds = [r["speedup"][n]["least"] for r in rows for n in names if n in r["speedup"]]
+    speeds = [_speedup(r, n) for r in rows for n in names if n in r["speedup"]]
     left.set_xlim(min(0.5, 0.8 * min(speeds)), 1.7 * max(speeds))
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
     left.xaxis.set_minor_formatter(NullFormatter())
@@ -85,12 +90,15 @@ def draw(document: dict[str, Any], path: str | Path) -> bool:
         axis.grid(axis="x", color="#dddddd", linewidth=0.7)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    handles = [Patch(color=COLOURS[n], label=f"against {LABELS[n]}") for n in names]
+    handles = [Patch(color=COLOURS[n], label=f"against {LABELS.get(n, n)}") for n in names]
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
     machine = document["machine"]
-    figure.suptitle("fastcalib on a CPU", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    on, where = "a CPU", f"{machine['cpu']}, threads: {machine['threads']}"
+    if "gpu" in machine:
+        on, where = "a GPU", machine["gpu"]["name"]
+    figure.suptitle(f"fastcalib on {on}", x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.supxlabel(
-        f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}, {machine['date']}",
+        f"{where}, torch {machine['torch']}, {machine['date']}",
         fontsize=8, color="#555555", x=0.01, ha="left",
     )  # fmt: skip
     figure.savefig(path, dpi=150)

@@ -27,14 +27,15 @@ class Problem:
     Args:
         n, v: rows and vocabulary.
         dtype: of the logits.
-        seed: of the random numbers; the same seed gives the same problem.
+        seed: of the random numbers; the same seed gives the same problem on the same kind of device.
+        device: where everything lives.
     """
 
-    def __init__(self, n: int, v: int, dtype: torch.dtype, seed: int = 0) -> None:
-        self.n, self.v, self.dtype = n, v, dtype
-        self.generator = torch.Generator().manual_seed(seed)
-        self.logits = torch.empty(n, v).normal_(0.0, 2.0, generator=self.generator).to(dtype)
-        self.target = torch.randint(v, (n,), generator=self.generator)
+    def __init__(self, n: int, v: int, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        self.n, self.v, self.dtype, self.device = n, v, dtype, torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.logits = torch.empty(n, v, device=device).normal_(0.0, 2.0, generator=self.generator).to(dtype)
+        self.target = torch.randint(v, (n,), generator=self.generator, device=device)
         self._selected: dict[int, Tensor] = {}
 
     @property
@@ -54,12 +55,15 @@ class Problem:
     @cached_property
     def upstream(self) -> Tensor:
         """A gradient arriving at a dense softmax, like the logits."""
-        return torch.empty(self.n, self.v).normal_(generator=self.generator).to(self.dtype)
+        empty = torch.empty(self.n, self.v, device=self.device)
+        return empty.normal_(generator=self.generator).to(self.dtype)
 
     def selected(self, m: int) -> Tensor:
         """(N, m) distinct random token ids per row, int64."""
         if m not in self._selected:
-            rows = [torch.randperm(self.v, generator=self.generator)[:m] for _ in range(min(self.n, 64))]
+            rows = [
+                torch.randperm(self.v, generator=self.generator, device=self.device)[:m] for _ in range(min(self.n, 64))
+            ]
             # 64 different sets are enough, and drawing 4,096 permutations of a vocabulary is not
             self._selected[m] = torch.stack([rows[i % len(rows)] for i in range(self.n)])
         return self._selected[m]
@@ -82,7 +86,7 @@ def max_error(outputs: Outputs, reference: Outputs) -> float | None:
     for name, want in reference.items():
         if name not in outputs:
             continue
-        got = outputs[name].detach()
+        got = outputs[name].detach().to(want.device)  # a float64 answer may have been formed on the CPU
         got = got[: want.shape[0]] if want.ndim else got
         if got.numel() != want.numel():
             raise ValueError(f"{name}: shape {tuple(got.shape)} where the reference has {tuple(want.shape)}")

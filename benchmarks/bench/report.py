@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from . import gpu_report
 from .targets import format_table
 
 Row = dict[str, Any]
@@ -20,6 +21,7 @@ def describe_machine(machine: dict[str, Any]) -> list[str]:
     """The machine and the software, one fact a line."""
     library = machine["fastcalib"]
     return [
+        *(gpu_report.facts(machine["gpu"]) if "gpu" in machine else []),
         f"CPU: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads used; {machine['caches']}",
         f"memory: {machine['memory_gib']} GiB, transparent huge pages: {machine['transparent_huge_pages']}",
         f"instruction set: {machine['isa']} (torch), {library.get('isa', 'none')} (fastcalib's kernels)",
@@ -39,17 +41,23 @@ def _ms(entry: Row, key: str = "median_ms") -> str:
     return text + ("~" if entry["noisy"] else "")
 
 
-def _cells(row: Row, name: str, entry: Row) -> list[str]:
+def _speedup(row: Row, name: str) -> float | None:
+    """How many times faster we are: of least times on a CPU, the median over rounds on a GPU."""
     speedup = row["speedup"].get(name)
-    read = row["read"]
-    against = read["least_ms"] / entry["least_ms"] if read else None
+    return speedup["paired" if "gpu" in row else "least"] if speedup else None
+
+
+def _cells(row: Row, name: str, entry: Row) -> list[str]:
+    read, key = row["read"], "median_ms" if "gpu" in row else "least_ms"
+    against = read[key] / entry[key] if read else None
     return [
         _ms(entry),
         _ms(entry, "least_ms"),
         _number(against),
-        "" if name == "fastcalib" else _number(speedup["least"] if speedup else None, "{:.1f}x"),
+        "" if name == "fastcalib" else _number(_speedup(row, name), "{:.1f}x"),
         _number(entry["extra_mb"], "{:.1f}"),
         _number(entry["error"], "{:.0e}"),
+        *(gpu_report.cells(entry) if "gpu" in row else []),
     ]
 
 
@@ -68,10 +76,11 @@ def format_row(row: Row) -> str:
     """One case for a terminal: a heading line, then a line for each competitor."""
     heap = ", retained heap" if row["heap"] == "retained" else ""
     read = f"; pure read {_ms(row['read'])} ms" if row["read"] else ""
-    columns = "{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}"
+    columns = "{:>11}{:>11}{:>11}{:>14}{:>11}{:>9}" + ("{:>9}{:>13}{:>12}" if "gpu" in row else "")
+    head = HEAD + (gpu_report.HEAD if "gpu" in row else [])
     title = (
         f"{row['op']} | {row['dtype']} | {row['n']} x {row['v']:,} | {row['direction']}{heap}   "
-        f"[{row['bytes_formula']} = {row['bytes'] / 1e6:.0f} MB{read}]\n{'':<26}{columns.format(*HEAD)}"
+        f"[{row['bytes_formula']} = {row['bytes'] / 1e6:.0f} MB{read}]\n{'':<26}{columns.format(*head)}"
     )
     lines = _listing(title, row["entries"], 24, lambda name, entry: columns.format(*_cells(row, name, entry)))
     if row["note"]:
@@ -118,16 +127,17 @@ def _markdown_line(row: Row) -> str:
     shape = f"{row['n']:,} x {row['v']:,}"
     what = [f"{row['op']}", row["dtype"], shape, row["bytes_formula"]]
     if own.get("unavailable"):
-        return "| " + " | ".join([*what, f"not available: {own['unavailable']}", *[""] * 7]) + " |"
+        blank = [""] * (8 if "gpu" in row else 7)
+        return "| " + " | ".join([*what, f"not available: {own['unavailable']}", *blank]) + " |"
 
     def other(name: str) -> list[str]:
         entry = row["entries"].get(name)
         if entry is None or entry.get("unavailable"):
             return ["-", "-"]
-        return [_ms(entry), f"{row['speedup'][name]['least']:.1f}x"]
+        return [_ms(entry), _number(_speedup(row, name), "{:.1f}x")]
 
     peers = [
-        f"{name} {row['speedup'][name]['least']:.1f}x"
+        f"{name} {_number(_speedup(row, name), '{:.1f}x')}"
         for name, entry in row["entries"].items()
         if name not in ("fastcalib", "eager", "torch.compile") and not entry.get("unavailable")
     ]
@@ -136,7 +146,7 @@ def _markdown_line(row: Row) -> str:
     memory.append(_number(eager.get("extra_mb"), "{:.0f}"))
     cells = [*what, _ms(own), _number(row["speed_against_read"]), *other("eager"), *other("torch.compile")]
     cells += [", ".join(peers), " / ".join(memory), _number(own["error"], "{:.0e}")]
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cells) + " |" + (gpu_report.markdown_cell(own) if "gpu" in row else "")
 
 
 MARKDOWN_HEAD = (
@@ -145,11 +155,21 @@ MARKDOWN_HEAD = (
 )
 
 
+def _markdown_head(rows: list[Row]) -> str:
+    if "gpu" not in rows[0]:
+        return MARKDOWN_HEAD
+    head, line = MARKDOWN_HEAD.split("\n")
+    return f"{head}{gpu_report.MARKDOWN_HEAD}\n{line}--:|"
+
+
 def markdown(document: dict[str, Any]) -> str:
     """docs/benchmarks.md: the machine, how to read it, one table per family, direction and kind of heap."""
-    lines = ["# Benchmarks", "", "Written by `python benchmarks/run.py --markdown`; do not edit.", ""]
+    on_gpu = "gpu" in document["machine"]
+    command = f"python benchmarks/run.py {'--device cuda ' if on_gpu else ''}--markdown"
+    title = "# Benchmarks on a GPU" if on_gpu else "# Benchmarks"
+    lines = [title, "", f"Written by `{command}`; do not edit.", ""]
     lines += [f"- {fact}" for fact in describe_machine(document["machine"])]
-    lines += ["", "How to read the tables:", "", HOW_TO_READ]
+    lines += ["", "How to read the tables:", "", gpu_report.HOW_TO_READ if on_gpu else HOW_TO_READ]
     for group, title in TITLES.items():
         for direction in ("fwd", "fwd+bwd"):
             for heap in ("fresh", "retained"):
@@ -158,9 +178,9 @@ def markdown(document: dict[str, Any]) -> str:
                 if not rows:
                     continue
                 words = {"fwd": "forward", "fwd+bwd": "forward + backward"}[direction]
-                if direction == "fwd+bwd":
+                if direction == "fwd+bwd" and not on_gpu:
                     words += f", {heap} gradient memory"
-                lines += [f"## {title}: {words}", "", MARKDOWN_HEAD, *map(_markdown_line, rows), ""]
+                lines += [f"## {title}: {words}", "", _markdown_head(rows), *map(_markdown_line, rows), ""]
     if document["targets"]:
         lines += ["## Figures to reach", "", "```", format_table(document["targets"]["table"]), "```", ""]
     if document["scaling"]:

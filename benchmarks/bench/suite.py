@@ -75,7 +75,7 @@ def run_case(case: Case, problem: Problem, settings: Settings, ceilings: Ceiling
     if ceilings is not None:
         variants.insert(0, Variant(READ, ceilings.read(problem.logits)))
     timings = measure(variants, rounds=settings.rounds, budget=settings.budget, quiet=settings.quiet)
-    row = _row(case, problem)
+    row = row_of(case, problem)
     entries: dict[str, Any] = {name: {"unavailable": why} for name, why in missing.items()}
     try:
         reference = job.reference()
@@ -95,7 +95,8 @@ def run_case(case: Case, problem: Problem, settings: Settings, ceilings: Ceiling
     return row
 
 
-def _row(case: Case, problem: Problem) -> dict[str, Any]:
+def row_of(case: Case, problem: Problem) -> dict[str, Any]:
+    """What is known of a row before anything is measured."""
     return {
         "op": case.op,
         "group": case.group,
@@ -151,6 +152,9 @@ ROW_KEYS = {"op", "group", "dtype", "n", "v", "direction", "heap", "bytes_formul
 ROW_KEYS |= {"entries", "read", "speed_against_read", "speedup"}
 ENTRY_KEYS = {"unavailable", "median_ms", "least_ms", "samples", "disturbed", "noisy", "calls_per_sample"}
 ENTRY_KEYS |= {"extra_mb", "error", "gb_per_s"}
+# Rows measured on a GPU have these as well: the memory's bandwidth in this run and by the data sheet, and what is used.
+GPU_ROW_KEYS = {"gpu"}
+GPU_ENTRY_KEYS = {"fraction_of_measured", "fraction_of_nominal"}
 
 
 def validate(document: dict[str, Any]) -> None:
@@ -165,8 +169,11 @@ def validate(document: dict[str, Any]) -> None:
         if key not in document:
             raise ValueError(f"{key} is missing")
     for i, row in enumerate(document["rows"]):
-        if set(row) != ROW_KEYS:
-            raise ValueError(f"rows[{i}]: keys differ by {sorted(set(row) ^ ROW_KEYS)}")
+        on_gpu = "gpu" in row
+        row_keys = ROW_KEYS | (GPU_ROW_KEYS if on_gpu else set())
+        entry_keys = ENTRY_KEYS | (GPU_ENTRY_KEYS if on_gpu else set())
+        if set(row) != row_keys:
+            raise ValueError(f"rows[{i}]: keys differ by {sorted(set(row) ^ row_keys)}")
         for name, entry in row["entries"].items():
-            if entry.get("unavailable") is None and set(entry) != ENTRY_KEYS:
-                raise ValueError(f"rows[{i}].entries[{name}]: keys differ by {sorted(set(entry) ^ ENTRY_KEYS)}")
+            if entry.get("unavailable") is None and set(entry) != entry_keys:
+                raise ValueError(f"rows[{i}].entries[{name}]: keys differ by {sorted(set(entry) ^ entry_keys)}")
