@@ -22,7 +22,7 @@ from .losses._base import (
     token_tensors,
 )
 from .ops import TokenStatistics
-from .ops._arguments import BadTokenId, normalise_temperature, outside, raise_bad_target, row_layout
+from .ops._arguments import BadTokenId, normalise_temperature, outside, raise_bad_target, row_layout, row_of
 from .ops._memory import empty_like_logits
 from .ops.statistics import _allocate, backward_into, forward_and_backward_into
 
@@ -190,7 +190,7 @@ def _temperatures(loss_fn: object, settings: Any, own: Mapping[str, Any], logits
             "fused_loss: give several temperatures by the argument or by loss_fn.temperatures, not by both"
         )
     normalise_temperature(factors, logits)
-    return temperatures * torch.tensor(factors, dtype=torch.float64, device=temperatures.device), True
+    return temperatures * row_of(list(factors), temperatures.device), True
 
 
 def _refuse_other_gradients(loss_fn: object, temperature: float | Tensor, tokens: Mapping[str, Tensor]) -> None:

@@ -158,7 +158,10 @@ def number_of_items(num_items_in_batch: int | float | Tensor, device: torch.devi
 def broadcast(name: str, argument: str, value: Any, target: Tensor) -> Tensor:
     """A per-token argument as a tensor of the target's shape."""
     try:
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device=target.device)
+        if isinstance(value, (int, float)):  # a fill: a copy from the host would wait for the device
+            tensor = torch.full((), value, device=target.device)
+        else:
+            tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device=target.device)
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: {argument} must be a tensor or what torch.as_tensor makes one of, got {value!r}"

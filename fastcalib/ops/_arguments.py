@@ -105,11 +105,12 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
         values = [_check_number(t) for t in temperature]
         if not values:
             raise ValueError("temperature is an empty sequence; pass at least one number")
-        return _row_of(values, logits.device), True
-    return _row_of([_check_number(temperature)], logits.device), False
+        return row_of(values, logits.device), True
+    return row_of([_check_number(temperature)], logits.device), False
 
 
-def _row_of(values: list[float], device: torch.device) -> Tensor:
+def row_of(values: list[float], device: torch.device) -> Tensor:
+    """Numbers as float64 (1, K) on a device, without waiting for it."""
     if torch.compiler.is_compiling():
         # Arithmetic is all that can be done with a Python number without a new compilation for each of its values.
         one = torch.ones(1, dtype=torch.float64, device=device)
