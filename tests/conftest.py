@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, names, indirect=True)
     if "gpu" in metafunc.fixturenames:
-        # FASTCALIB_TEST_GPU=emulated-sm90 runs the bodies that need no real GPU.
+        # FASTCALIB_TEST_GPU=emulated-sm90 (Triton) or emulated-cuda-sm90 runs the bodies that need no real GPU.
         live = os.environ.get("FASTCALIB_TEST_GPU", "").split() or gpu_tools.LIVE
         without = "emulated-sm90" if metafunc.function.__name__ in GPU_EMULATED else "none"
         metafunc.parametrize("gpu", live or [without], indirect=True)

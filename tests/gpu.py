@@ -58,19 +58,6 @@ class Device:
     def ids(self, high: int, *shape: int, seed: int = 0) -> Tensor:
         return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
-    def needs_dense(self) -> None:
-        """Skips the test where these kernels have no softmax."""
-        try:
-            fastcalib.softmax(self.logits(1, 8), backend=self.backend)
-        except RuntimeError as error:
-            if not _has_no_softmax(error):
-                raise
-            pytest.skip(str(error))
-
-
-def _has_no_softmax(error: RuntimeError) -> bool:
-    return str(error).startswith("backend 'cuda' has statistics and ranks;")
-
 
 def _whole(tensor: Tensor) -> Tensor:
     """All of the memory that a tensor is a view of, flat."""
@@ -127,12 +114,7 @@ def _carried(name: str, function: Callable[..., None], device: torch.device, kin
         _skip_what_has_no_kernel(arguments)
         carrier = _Carrier(device)
         there = {key: carrier.put(value) for key, value in arguments.items()}
-        try:
-            function(**there)
-        except RuntimeError as error:
-            if not _has_no_softmax(error):
-                raise
-            pytest.skip(str(error))
+        function(**there)
         results = [pair for key in RESULTS[name] for pair in zip(_tensors(arguments[key]), _tensors(there[key]))]
         carrier.check_untouched(name, {own.untyped_storage().data_ptr() for own, _ in results})
         for own, made in results:
@@ -173,7 +155,16 @@ def emulated(sm: int) -> Iterator[None]:
 
 @contextmanager
 def open_device(name: str) -> Iterator[Device]:
-    """ "triton" or "cuda" on the current GPU; "emulated-sm90": Triton's kernels on CPU tensors."""
+    """ "triton" or "cuda" on the current GPU; "emulated-sm90" and "emulated-cuda-sm90": Triton's and CUDA kernels on
+    CPU tensors, the latter where there is an nvcc."""
+    if name.startswith("emulated-cuda-sm"):
+        from . import emulated_cuda
+
+        if why := emulated_cuda.why_not():
+            pytest.skip(why)
+        with emulated_cuda.backend(int(name.removeprefix("emulated-cuda-sm"))):
+            yield Device(torch.device("cpu"), "cuda", emulated=True)
+        return
     if name.startswith("emulated-sm"):
         with emulated(int(name.removeprefix("emulated-sm"))):
             yield Device(torch.device("cpu"), "triton", emulated=True)

@@ -169,7 +169,6 @@ def test_thresholds_of_hostile_rows(gpu, m, dtype):
 @every_vocabulary
 @pytest.mark.parametrize("function", test_softmax.BOTH)
 def test_dense_softmax_and_its_gradient(gpu, function, v, dtype):
-    gpu.needs_dense()
     logits, t = random_logits(3, v, dtype=dtype, seed=v), torch.tensor([0.5, 1.0, 2.5])
     upstream = torch.randn(3, v, generator=cases.generator(1)).to(dtype)
     z, given = gpu.put(logits).requires_grad_(), gpu.put(t).requires_grad_()
