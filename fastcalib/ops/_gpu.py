@@ -128,6 +128,38 @@ def statistics_backward(
         )  # fmt: skip
 
 
+def in_one_launch(logits: Tensor, temperature: Tensor, vocab_size: int, backend: str) -> bool:
+    """Whether ``statistics_with_gradient`` serves a call: Triton, one temperature, a row for each multiprocessor."""
+    return backend == "triton" and bool(
+        kernels("fused").serves(logits, logits.shape[:-1].numel(), vocab_size, temperature.shape[1])
+    )
+
+
+def statistics_with_gradient(
+    out: Tensor,
+    made: tuple[Tensor, ...],
+    grad_rows: Tensor,
+    grad_scalars: Tensor,
+    grad_log_prob: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    sum_logits: bool,
+) -> None:
+    """Write the gradient into ``out``, which may be the logits, and fill of the packed results what a loss may read
+    that is linear in log_prob, logsumexp, max_prob and, if asked for, sum_logits: those, argmax and the maximum."""
+    check_dtype(logits)
+    layout, target, temperature = row_layout(logits), row_layout(out), temperature.contiguous()
+    upstream = (grad_rows.contiguous(), grad_scalars.contiguous(), grad_log_prob.contiguous())
+    with on_device(logits):
+        kernels("fused").forward_and_backward(
+            target.tensor, rows_of(target), made, *upstream, layout.tensor, rows_of(layout), temperature,
+            index.contiguous(), vocab_size, ignore_index, sum_logits,
+        )  # fmt: skip
+
+
 def ranks(
     out: tuple[Tensor, Tensor, Tensor],
     logits: Tensor,
