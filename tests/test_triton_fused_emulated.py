@@ -23,7 +23,7 @@ FEW, MANY = 1_000, 1  # multiprocessors: fewer rows than that take two launches,
 
 
 def one_launch(run) -> bool:
-    return [launched.kernel for launched in run.launches] == ["_fused_rows"]
+    return [launched.kernel for launched in run.launches] == ["_rows"]
 
 
 def run(logits, target, loss_fn, inplace=False, **given):
@@ -183,8 +183,8 @@ def test_each_logit_comes_from_memory_once_and_is_written_once(device, processor
     device.launches.clear()
     run(logits, target, losses.NLLLoss(reduction="sum"))
     assert one_launch(device)
-    counters, read = traffic(device, "_fused_rows")
-    _, written = traffic(device, "_fused_rows", "out")
+    counters, read = traffic(device, "_rows")
+    _, written = traffic(device, "_rows", "out")
     size = logits.nbytes
     assert [t.loaded_once for t in read] == [size] and [t.stored_once for t in written] == [size]
     # two looks, the targets, and a vector around each maximum (which 16 warps may ask for each)
@@ -200,7 +200,7 @@ def test_ignored_rows_are_not_read(device, processors):
     logits = random_logits(4, ODD, dtype=torch.bfloat16)
     device.launches.clear()
     _, gradient = run(logits, torch.tensor([-100, 5, -100, -100]), losses.NLLLoss())
-    _, moved = traffic(device, "_fused_rows")
+    _, moved = traffic(device, "_rows")
     assert sum(t.loaded_once for t in moved) <= logits.nbytes // 4
     assert (gradient[[0, 2, 3]] == 0).all()
 

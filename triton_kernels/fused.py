@@ -141,7 +141,7 @@ def _write_gradient(source, target, vocab, width, top, c, constant, unit, SMOOTH
 @triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "out_inner", "out_outer_stride",
                                "out_inner_stride", "vocab", "width", "temperature_stride", "ignore_index", "n_rows",
                                "log_prob_stride"])  # fmt: skip
-def _fused_rows(
+def _rows(
     x, inner, outer_stride, inner_stride,
     out, out_inner, out_outer_stride, out_inner_stride,
     vocab, width, temperature, temperature_stride,
@@ -356,7 +356,7 @@ def forward_and_backward(
     parts = launch.next_power_of_two(segments)
     groups = min(MAX_GROUPS, parts)
     constants = {**cut.constants(), "num_warps": cut.warps * groups}
-    _fused_rows[(n_rows,)](
+    _rows[(n_rows,)](
         logits, *layout[1:], out, *out_layout[1:], vocab_size, width, temperature,
         1 if temperature.shape[0] > 1 else 0, index, ignore_index, grad_rows, grad_scalars, grad_log_prob, rows,
         scalars, log_prob, argmax, saved, n_rows, SMOOTHING=smoothing,
