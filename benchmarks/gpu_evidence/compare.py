@@ -26,8 +26,8 @@ KNOWN = {
 # The same of one of our two implementations.
 KNOWN_OF = {
     ("ours, cuda", "memory", "loss and gradient"): "Liger makes the gradient in the launch that makes the loss, so a "
-    "cache large enough for all rows in flight could serve its second look, as ours in Triton does; in CUDA C++ ours is "
-    "two launches. Both ask for two reads and one write.",
+    "cache large enough for all rows in flight could serve its second look, as ours in Triton does; in CUDA C++ ours "
+    "is two launches. Both ask for two reads and one write.",
 }
 
 
