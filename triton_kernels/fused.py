@@ -355,7 +355,7 @@ def forward_and_backward(
     segments = cut.segments(vocab_size)
     parts = launch.next_power_of_two(segments)
     groups = min(MAX_GROUPS, parts)
-    constants = {**cut.constants(), "num_warps": cut.warps * groups}
+    constants = {**cut.constants(), "num_warps": cut.warps * groups, **launch.registers(cut.warps * groups)}
     _rows[(n_rows,)](
         logits, *layout[1:], out, *out_layout[1:], vocab_size, width, temperature,
         1 if temperature.shape[0] > 1 else 0, index, ignore_index, grad_rows, grad_scalars, grad_log_prob, rows,

@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from . import _cuda
 from ._arguments import Index, RowLayout, outside, raise_bad_id, row_layout
 
 Layout = tuple[int, int, int, int]
+# From so many thresholds a row the automatic choice ranks with the extension's CUDA kernel where it is compiled in: of
+# 256 likely tokens it takes 10 instructions a logit and memory is the limit (an H100 leaves 17), Triton's 36; of 16,
+# Triton's takes 18 (emulator, sm_90, bfloat16).
+CUDA_RANKS_FROM = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -158,6 +163,15 @@ def statistics_with_gradient(
             target.tensor, rows_of(target), made, *upstream, layout.tensor, rows_of(layout), temperature,
             index.contiguous(), vocab_size, ignore_index, sum_logits,
         )  # fmt: skip
+
+
+def backend_for_ranks(asked: str, chosen: str, per_row: int) -> str:
+    """The backend of ``ranks`` for about so many thresholds a row: what was chosen, unless nobody asked for it by name
+    and it is Triton where the extension's kernel does better (CUDA_RANKS_FROM)."""
+    automatic = asked == "auto" and backends._forced == "auto"
+    if automatic and chosen == "triton" and per_row >= CUDA_RANKS_FROM and hasattr(backends._C, "cuda_ranks"):
+        return "cuda"
+    return chosen
 
 
 def ranks(
