@@ -23,6 +23,7 @@ from .losses._base import (
 )
 from .ops import TokenStatistics
 from .ops._arguments import BadTokenId, normalise_temperature, outside, raise_bad_target, row_layout, row_of
+from .ops._gpu import in_one_launch
 from .ops._memory import empty_like_logits
 from .ops.statistics import _allocate, backward_into, forward_and_backward_into
 
@@ -262,8 +263,8 @@ class _Job:
         backend = resolve(self.settings.backend, logits.device, logits.dtype)
         chunk = _eager_chunk if backend == "eager" else _kernel_chunk
         scale = self._scale(logits) if gradient is not None else None
-        if self.linear and backend == "cpp" and gradient is not None and scale is not None:
-            loss, _ = _kernel_linear(self, logits, scale, gradient)
+        if scale is not None and gradient is not None and self._goes_through_at_once(logits, backend):
+            loss, _ = _kernel_linear(self, logits, scale, gradient, backend)
             return reduce_loss(loss, self.kept, self.settings.reduction, self.items)
         losses, log_probs = [], []
         flat = None if gradient is None or gradient is logits else gradient.view(-1, logits.shape[-1])
@@ -279,6 +280,16 @@ class _Job:
             self.loss_fn.observe(-torch.cat(log_probs), self.kept)
         empty = torch.empty(0, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
         return reduce_loss(torch.cat(losses) if losses else empty, self.kept, self.settings.reduction, self.items)
+
+    def _goes_through_at_once(self, logits: Tensor, backend: str) -> bool:
+        """Whether one call takes each row through forward and backward; on an accelerator if no moment but sum_logits
+        (for label smoothing) is read."""
+        if not self.linear or backend != "triton":
+            return self.linear and backend == "cpp"
+        smoothed = isinstance(self.loss_fn, TokenLoss) and not (
+            self.loss_fn.formula.moments or self.settings.entropy_bonus
+        )
+        return (smoothed or not self.moments) and in_one_launch(logits, self.temperatures, self.width, backend)
 
     def _scale(self, logits: Tensor) -> Tensor:
         """Upstream gradient of each token."""
@@ -371,7 +382,7 @@ def _kernel_chunk(
     return loss, numbers.log_prob
 
 
-def _kernel_linear(job: _Job, logits: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel_linear(job: _Job, logits: Tensor, scale: Tensor, out: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """A loss that is linear in the statistics: its gradient in them is the same at any, so they need not be known, and
     one call takes each row through forward and backward."""
     everything = slice(0, job.target.shape[0])
@@ -381,7 +392,7 @@ def _kernel_linear(job: _Job, logits: Tensor, scale: Tensor, out: Tensor) -> tup
     _, (g_rows, g_scalars, g_log_prob) = _Numbers(job, anywhere).differentiate(everything, scale)
     packed = forward_and_backward_into(
         out, g_rows, g_scalars, g_log_prob, logits, job.temperatures, job.target, job.width, job.settings.ignore_index,
-        job.moments,
+        job.moments, backend,
     )  # fmt: skip
     made = _Numbers(job, packed)
     return job.per_token(made.stats, everything), made.log_prob

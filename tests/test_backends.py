@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 import warnings
 
 import pytest
 import torch
 
 import fastcalib
+from fastcalib.ops import _gpu
 
 from .conftest import CPP_IS_LIVE
 
@@ -206,3 +208,29 @@ def test_a_cuda_device_without_kernels_warns_once_and_works(function, monkeypatc
     for result in results:
         pairs = [(result, want)] if isinstance(want, torch.Tensor) else zip(result, want)
         assert all(a is None if b is None else torch.equal(a, b) for a, b in pairs)
+
+
+def test_many_ranks_go_to_the_extension_where_it_has_cuda_kernels(monkeypatch):
+    """The automatic choice only, and Triton's only: a name in the call or in use_backend is obeyed."""
+    choose, many = _gpu.backend_for_ranks, _gpu.CUDA_RANKS_FROM
+    monkeypatch.setattr(module, "_C", types.SimpleNamespace(cuda_ranks=None))
+    assert choose("auto", "triton", many) == "cuda" and choose("auto", "triton", many - 1) == "triton"
+    assert choose("triton", "triton", many) == "triton"
+    assert choose("auto", "cpp", many) == "cpp" and choose("auto", "eager", many) == "eager"
+    monkeypatch.setattr(module, "_forced", "triton")
+    assert choose("auto", "triton", many) == "triton"
+    monkeypatch.setattr(module, "_forced", "auto")
+    monkeypatch.setattr(module, "_C", types.SimpleNamespace())
+    assert choose("auto", "triton", many) == "triton", "an extension without CUDA kernels"
+    monkeypatch.setattr(module, "_C", None)
+    assert choose("auto", "triton", many) == "triton"
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_ranks_count_the_thresholds_of_a_row_for_the_choice(ragged, monkeypatch):
+    """Of ragged sets, whose sizes only the device knows, the mean."""
+    seen = []
+    monkeypatch.setattr(_gpu, "backend_for_ranks", lambda asked, chosen, per_row: seen.append(per_row) or chosen)
+    sets = fastcalib.ValidSets.from_lists([[0, 1, 2], [3]]) if ragged else torch.tensor([[0, 1], [2, 3]])
+    fastcalib.ranks(torch.zeros(2, 5), sets)
+    assert seen == [2]

@@ -124,6 +124,10 @@ def test_a_row_that_loses_is_found_and_one_without_a_reason_said_so():
     assert worse.measure == "memory"
     (known,) = compare.losses([a_row(job="softmax", read=2.0)], [replace(peer, job="softmax")])
     assert known.reason
+    fused = {"job": "loss and gradient", "memory_read": 2.0}
+    for who, excused in (("ours, cuda", True), ("ours, triton", False)):
+        (worse_one,) = compare.losses([a_row(who=who, **fused)], [replace(peer, job="loss and gradient")])
+        assert bool(worse_one.reason) == excused, "one launch in Triton, two in CUDA C++"
     assert compare.losses([a_row(read=2.0, vocab=7)], [peer]) == [], "another problem"
     assert compare.losses([a_row(read=2.0, dtype="float32")], [peer]) == []
     # two reads: twice the tolerance, and no more
@@ -169,6 +173,9 @@ def test_bytes_ex2_and_errors_are_counted():
     gradient = measured("gradient", "triton", torch.bfloat16, 33_000)
     assert gradient.memory_read == pytest.approx(1.0, abs=0.01) and gradient.written == pytest.approx(1.0, abs=0.01)
     assert 1.0 <= gradient.ex2 < 1.3 and gradient.launches == 3
+    both = measured("loss and gradient", "triton", torch.bfloat16, 33_000)
+    assert both.read == pytest.approx(2.0, abs=0.02) and both.memory_read == pytest.approx(1.0, abs=0.01)
+    assert both.memory_written == pytest.approx(1.0, abs=0.01) and both.launches == 1 and both.error < 1e-3
     softmax = measured("softmax", "triton", torch.bfloat16, 33_000)
     assert softmax.read == pytest.approx(2.0, abs=0.01), "a second look counts where it is asked for"
     assert softmax.memory_read == pytest.approx(1.0, abs=0.01), "and not where a cache may serve it"

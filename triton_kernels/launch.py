@@ -27,6 +27,15 @@ threads_per_warp = 64 if torch.version.hip else 32
 # No contraction to fused multiply-adds beyond those that the kernels write (row_state.py).
 EXACT = {"enable_fp_fusion": False}
 
+
+def registers(warps: int, most: int = 255) -> dict[str, int]:
+    """The option that gives the threads of a large program all the registers there are: left alone, ptxas now and then
+    holds them to 64 or 128 and spills. ``most`` asks for it in a small program, too."""
+    if threads_per_warp != 32 or (warps < 8 and most == 255):
+        return {}
+    return {"maxnreg": min(most, 65_536 // (warps * 32))}
+
+
 # Set to force a number of multiprocessors (tests of row splits, machines without a device).
 processors_override: int | None = None
 
@@ -54,7 +63,7 @@ class Tiling(NamedTuple):
         """The compile-time arguments and options that every reducing kernel takes."""
         return {
             "LANES": self.lanes, "VECTOR": self.vector, "UNROLL": self.unroll, "SEGMENT": self.segment,
-            "num_warps": self.warps, **EXACT,
+            "num_warps": self.warps, **EXACT, **registers(self.warps),
         }  # fmt: skip
 
 

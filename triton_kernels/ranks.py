@@ -6,10 +6,12 @@ kernels:
 
 - up to 4 thresholds a row and no masses (``_compare``): every element is compared with every threshold, counters stay
   in registers;
-- else (``_place``): elements below the lowest threshold of the row touch nothing but that comparison. The others find
-  their place by binary search among the sorted thresholds (in the L1 cache) and add one to a histogram of integers in
-  global memory, 2 (M + 1) bins a row; ``_finish`` turns bins into counts by a suffix sum. Probabilities are added as
-  64-bit integers, in units of 2^-60. Integer additions commute: the order in which programs get there does not show.
+- else (``_place``): elements below the lowest threshold of the row touch nothing but that comparison: a lane picks the
+  largest of those that are left of its 16, together with their like, and only what is picked finds its place by binary
+  search among the sorted thresholds (in the L1 cache) and adds to a histogram of integers in global memory, 2 (M + 1)
+  bins a row; where many pass, all are searched for at once. ``_finish`` turns bins into counts by a suffix sum.
+  Probabilities are added as 64-bit integers, in units of 2^-60. Integer additions commute: the order in which programs
+  get there does not show.
 
 With M up to 2 and masses, statistics.py counts in its own read instead. With more, masses need the normaliser of the
 row first: a second read of the logits.
@@ -27,6 +29,10 @@ from .columns import chunk_bounds, head_of
 from .row_state import LOG2E, bounds_of_row, row_of
 
 MAX_COMPARED = 4
+# Elements of a lane between two searches, and the rounds of picking from which searching for all of them is cheaper: a
+# search is some 30 + 8 log2 M instructions an element; a round is one search and 80 more, shared by 16 elements.
+PICKED_FROM = 16
+MAX_ROUNDS = tl.constexpr(8)
 # Probabilities are added in units of 2^-60: finer than the last place of any float32 above 2^-36, and 8.0 still fits.
 UNIT = tl.constexpr(1152921504606846976.0)
 
@@ -98,38 +104,73 @@ def _tally(tally, limits, z):
 
 
 @triton.jit
-def _places(sorted_bounds, begin, m, z, mask):
-    """How many of the m sorted thresholds are below each z, by binary search."""
-    half = 1
-    while half * 2 <= m:
-        half *= 2
+def _places(sorted_bounds, begin, m, z):
+    """How many of the m > 0 sorted thresholds are below each z, by binary search; 0 for a NaN."""
     place = tl.zeros(z.shape, tl.int32)
-    while half > 0:
-        candidate = place + half
-        bound = tl.load(sorted_bounds + begin + candidate - 1, mask=mask & (candidate <= m), other=float("inf"))
-        place = tl.where(mask & (bound < z), candidate, place)
-        half //= 2
-    return place
+    left = m
+    bounds = sorted_bounds + begin
+    while left > 1:
+        half = left // 2
+        place = tl.where(tl.load(bounds + (half - 1) + place) < z, place + half, place)
+        left -= half
+    return place + (tl.load(bounds + place) < z).to(tl.int32)
 
 
 @triton.jit
 def _drop(
-    z, copy, sorted_bounds, lowest, begin, m, bins, masses, c_of_row, inverse_of_row, top, inverse_step, k_count,
+    z, times, copy, sorted_bounds, begin, m, bins, masses, c_of_row, inverse_of_row, top, inverse_step, k_count,
     mass_step, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """Add the elements of a tile to the histogram of their row. A NaN counts nowhere."""
-    passes = z >= lowest
-    place = _places(sorted_bounds, begin, m, z, passes)
+    """Add each z so many times to the histogram of its row."""
+    passes = times > 0
+    place = _places(sorted_bounds, begin, m, z)
     at_bound = tl.load(sorted_bounds + begin + place, mask=passes & (place < m), other=float("nan"))
     own = copy * (m + 1) + place
-    tl.atomic_add(bins + 2 * own + (at_bound == z).to(tl.int32), 1, mask=passes, sem="relaxed")
+    tl.atomic_add(bins + 2 * own + (at_bound == z).to(tl.int32), times, mask=passes, sem="relaxed")
     if masses is not None:
         for k in tl.range(0, k_count):
             c = ((1.0 / tl.load(c_of_row + k)) * LOG2E).to(tl.float32)
             p = tl.exp2((z - top) * c) * tl.load(inverse_of_row + k * inverse_step)
-            amount = (tl.where(passes & (place > 0), p, 0.0) * UNIT).to(tl.int64)
+            amount = (tl.where(passes & (place > 0), p, 0.0) * UNIT).to(tl.int64) * times
             # adding 0 would be a wasted trip
             tl.atomic_add(masses + k * mass_step + own, amount, mask=amount > 0, sem="relaxed")
+
+
+@triton.jit
+def _drop_those_above(
+    z, lowest, columns, sorted_bounds, begin, m, bins, masses, c_of_row, inverse_of_row, top, inverse_step, k_count,
+    mass_step, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Add the elements at or above the lowest threshold of a tile, given as tensors (LANES, VECTOR). A NaN counts
+    nowhere."""
+    left = tl.zeros([columns.shape[0]], tl.int32)
+    for u in tl.static_range(len(z)):
+        left += tl.sum((z[u] >= lowest).to(tl.int32), 1)
+    rounds = tl.max(left, 0)
+    if (rounds > MAX_ROUNDS) | ((rounds > 0) & (lowest == -float("inf"))):
+        for u in tl.static_range(len(z)):
+            _drop(z[u], (z[u] >= lowest).to(tl.int32), columns % COPIES, sorted_bounds, begin, m, bins, masses,
+                  c_of_row, inverse_of_row, top, inverse_step, k_count, mass_step, COPIES)  # fmt: skip
+    elif rounds > 0:
+        rest = ()
+        for u in tl.static_range(len(z)):
+            rest = rest + (tl.where(z[u] >= lowest, z[u], -float("inf")),)
+        # Neighbours that fall into one bin do not queue for one address: there are several copies of a small histogram.
+        copy = tl.arange(0, columns.shape[0]) % COPIES
+        for _ in tl.range(0, rounds):
+            pick = tl.max(rest[0], 1)
+            for u in tl.static_range(1, len(z)):
+                pick = tl.maximum(pick, tl.max(rest[u], 1))
+            times = tl.zeros([columns.shape[0]], tl.int32)
+            others = ()
+            for u in tl.static_range(len(z)):
+                same = rest[u] == pick[:, None]
+                times += tl.sum(same.to(tl.int32), 1)
+                others = others + (tl.where(same, -float("inf"), rest[u]),)
+            rest = others
+            times = tl.where(pick > -float("inf"), times, 0)
+            _drop(pick, times, copy, sorted_bounds, begin, m, bins, masses, c_of_row, inverse_of_row, top,
+                  inverse_step, k_count, mass_step, COPIES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "per_row", "temperature_stride",
@@ -145,7 +186,7 @@ def _place(
     inverses, inverse_stride, inverse_step,  # 1 / s0 of row r and temperature k
     masses,  # int64 (K, COPIES (nnz + N)), zero; or None
     mass_step, chunks,
-    SIZE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    SIZE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr, CHUNK: tl.constexpr,
     COPIES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -158,9 +199,9 @@ def _place(
     source = row_of(x, row, inner, outer_stride, inner_stride)
     head = head_of(source, SIZE, VECTOR)
     begin, end = chunk_bounds((program % chunks).to(tl.int32), head, vocab, CHUNK)
-    columns = tl.arange(0, TILE)
-    # Neighbours that fall into one bin do not queue for one address: there are several copies of a small histogram.
-    copy = columns % COPIES
+    STEP: tl.constexpr = LANES * VECTOR
+    TILE: tl.constexpr = STEP * UNROLL
+    columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     mine = (first_bound + row) * COPIES
     bins += 2 * mine
     c_of_row = temperature
@@ -175,20 +216,21 @@ def _place(
             k_count = 0
     if begin == 0:
         begin = tl.minimum(head, vocab)
-        short = tl.arange(0, LANES)
-        z = tl.load(source + short, mask=short < begin, other=float("nan")).to(tl.float32)
-        _drop(z, short % COPIES, sorted_bounds, lowest, first_bound, m, bins, masses, c_of_row, inverse_of_row, top,
-              inverse_step, k_count, mass_step, COPIES)  # fmt: skip
+        z = tl.load(source + columns, mask=columns < begin, other=float("nan")).to(tl.float32)
+        _drop_those_above((z,), lowest, columns, sorted_bounds, first_bound, m, bins, masses, c_of_row,
+                          inverse_of_row, top, inverse_step, k_count, mass_step, COPIES)  # fmt: skip
     whole = begin + tl.maximum(end - begin, 0) // TILE * TILE
     body = tl.multiple_of(source + begin, 16)
     for at in tl.range(0, whole - begin, TILE):
-        z = tl.load(body + at + columns).to(tl.float32)
-        _drop(z, copy, sorted_bounds, lowest, first_bound, m, bins, masses, c_of_row, inverse_of_row, top,
-              inverse_step, k_count, mass_step, COPIES)  # fmt: skip
-    if whole < end:
-        z = tl.load(source + whole + columns, mask=whole + columns < end, other=float("nan")).to(tl.float32)
-        _drop(z, copy, sorted_bounds, lowest, first_bound, m, bins, masses, c_of_row, inverse_of_row, top,
-              inverse_step, k_count, mass_step, COPIES)  # fmt: skip
+        values = ()
+        for u in tl.static_range(UNROLL):
+            values = values + (tl.load(body + at + u * STEP + columns).to(tl.float32),)
+        _drop_those_above(values, lowest, columns, sorted_bounds, first_bound, m, bins, masses, c_of_row,
+                          inverse_of_row, top, inverse_step, k_count, mass_step, COPIES)  # fmt: skip
+    for at in tl.range(whole, end, STEP):
+        z = tl.load(source + at + columns, mask=at + columns < end, other=float("nan")).to(tl.float32)
+        _drop_those_above((z,), lowest, columns, sorted_bounds, first_bound, m, bins, masses, c_of_row,
+                          inverse_of_row, top, inverse_step, k_count, mass_step, COPIES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["vocab", "per_row", "ignore_index", "k_count", "top_stride", "mass_step"])
@@ -213,7 +255,7 @@ def _finish(
         inside = j < m
         t = tl.load(sorted_bounds + begin + j, mask=inside, other=float("nan"))
         # Equal thresholds share the bin of the first of them.
-        first = _places(sorted_bounds, begin, m, t, inside & (t == t))
+        first = _places(sorted_bounds, begin, m, t)
         beyond = tl.zeros([BLOCK], tl.int64)
         equal = tl.zeros([BLOCK], tl.int64)
         for copy in tl.static_range(COPIES):
@@ -343,7 +385,7 @@ def count(
     _place[(n_rows * chunks,)](
         logits, *layout[1:], vocab_size, values, per_row, offsets, bins, temperature, stride, k, tops, top_stride,
         inverses, *strides, masses, mass_step, chunks, SIZE=size, LANES=cut.lanes, VECTOR=cut.vector,
-        TILE=cut.lanes * cut.vector, CHUNK=chunk, COPIES=copies, num_warps=cut.warps, **launch.EXACT,
+        UNROLL=PICKED_FROM // cut.vector, CHUNK=chunk, COPIES=copies, num_warps=cut.warps, **launch.EXACT,
     )  # fmt: skip
     _finish[(n_rows,)](
         vocab_size, values, order, index, per_row, offsets, ignore_index, bins, k, tops, top_stride, masses, mass_step,

@@ -228,5 +228,6 @@ def forward(
     chunks = -(-width // chunk)
     _write[(n_rows * chunks,)](
         logits, *layout[1:], out, logsumexp, vocab_size, width, temperature, stride, state, chunks,
-        LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **launch.EXACT, **constants,
+        LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps, **launch.EXACT,
+        **launch.registers(cut.warps), **constants,
     )  # fmt: skip

@@ -245,6 +245,8 @@ def backward(
     if n_rows == 0:
         return
     cut = launch.tiling(vocab_size, grad.dtype, lanes=launch.ROW_LANES)
+    # two tensors at a time: the bytes in flight, and the registers for them, are those of a whole tile of one
+    cut = cut._replace(unroll=max(1, cut.unroll // 2))
     segments = cut.segments(vocab_size)
     device = grad.device
     flat = (n_rows, n_rows, 0, width)
@@ -271,7 +273,7 @@ def backward(
         _write[(n_rows * chunks,)](
             grad, *layout[1:], result, out, logsumexp, vocab_size, width, temperature, stride, products, segments,
             totals, chunks, LANES=cut.lanes, VECTOR=cut.vector, CHUNK=chunk, num_warps=cut.warps,
-            **launch.EXACT, **constants,
+            **launch.EXACT, **launch.registers(cut.warps), **constants,
         )  # fmt: skip
     if grad_temperature is not None:
         sums = torch.empty(n_rows * segments, dtype=torch.float32, device=device)

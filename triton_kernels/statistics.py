@@ -383,7 +383,8 @@ def forward(
     )  # fmt: skip
     _segments[(parts, group_count)](
         *common, bounds, reals, integers, sums, counts, masses, segments,
-        ALIGN=launch.alignment(logits, *layout[2:]), GROUP=group, RANKED=ranked, **cut.constants(),
+        ALIGN=launch.alignment(logits, *layout[2:]), GROUP=group, RANKED=ranked,
+        **{**cut.constants(), **(launch.registers(cut.warps, 168) if ranked else {})},
     )  # fmt: skip
     _finish[(n_rows,)](
         *common, reals, integers, sums, counts, masses, segments, rows, scalars, log_prob, argmax,

@@ -286,7 +286,8 @@ def backward(
     _prepare[(n_rows,)](
         logits, *layout[1:], vocab_size, temperature, k if temperature.shape[0] > 1 else 0, k, index, per_row, offsets,
         ignore_index, grad_rows, grad_scalars, grad_log_prob, rows, scalars, argmax, saved, terms, columns, values,
-        top_columns, top_values, n_rows, COLUMNS=launch.next_power_of_two(k), TOKENS=16, num_warps=1, **launch.EXACT,
+        top_columns, top_values, n_rows, COLUMNS=launch.next_power_of_two(k), TOKENS=8, num_warps=1, **launch.EXACT,
+        **launch.registers(1, 128),
     )  # fmt: skip
     cut = launch.tiling(vocab_size, logits.dtype)
     chunk = launch.chunk(cut)

@@ -191,6 +191,12 @@ def _call_everything(logits: Any, label: Callable[[str], None], operations: list
             torch.empty_like(logits), rows, scalars, log_prob, logits, one, index, 1, None, rows, scalars, argmax,
             saved, v, -100, "triton",
         )  # fmt: skip
+        upstream = (torch.empty_like(rows), torch.empty_like(scalars), torch.empty(n, 1))
+        for smoothing in (True, False):
+            label(" with sum_logits" if smoothing else "")
+            _gpu.statistics_with_gradient(
+                torch.empty_like(logits), packed, *upstream, logits, one, index, v, -100, smoothing
+            )
     for temperature, many in ((one, 40), (None, 2)) if "ranks" in operations else ():
         ids = torch.zeros(n * many, dtype=torch.int64)
         counts = (torch.empty(n * many, dtype=torch.int64), torch.empty(n * many, dtype=torch.int64))

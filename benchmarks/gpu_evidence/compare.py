@@ -22,9 +22,12 @@ KNOWN = {
         "asked",
         "softmax gradient",
     ): "As for softmax: two looks at both inputs, against one of a kernel that refuses rows of more than 65,536.",
-    ("memory", "loss and gradient"): "Liger makes the gradient in the launch that makes the loss, so a cache large "
-    "enough for all rows in flight could serve its second look; ours is two launches, for any loss and any upstream "
-    "gradient. Both ask for two reads and one write.",
+}
+# The same of one of our two implementations.
+KNOWN_OF = {
+    ("ours, cuda", "memory", "loss and gradient"): "Liger makes the gradient in the launch that makes the loss, so a "
+    "cache large enough for all rows in flight could serve its second look, as ours in Triton does; in CUDA C++ ours "
+    "is two launches. Both ask for two reads and one write.",
 }
 
 
@@ -38,7 +41,8 @@ class Loss:
 
     @property
     def reason(self) -> str | None:
-        return KNOWN.get((self.measure, self.ours.job))
+        of_one = KNOWN_OF.get((self.ours.who, self.measure, self.ours.job))
+        return of_one or KNOWN.get((self.measure, self.ours.job))
 
 
 def losses(ours: list[Row], peers: list[Row]) -> list[Loss]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON, CUDA, INTERPRETED = "test_triton_emulated", "test_cuda_emulated", "test_triton_interpret"
+TRITON_FUSED = "test_triton_fused_emulated"
 CUDA_SOFTMAX = "test_cuda_softmax_emulated"
 _STATISTICS = ("test_statistics", "test_hostile_rows", "test_bad_ids_read_nothing", "test_exponentials_per_element")
 _BITS = "test_a_row_has_the_same_bits_alone_in_company_and_at_any_alignment"
@@ -38,6 +39,7 @@ KERNELS = (
            ("test_statistics", "test_temperatures", "test_hostile_rows", "test_any_layout")),
     Kernel("Triton statistics, backward", TRITON, ("test_gradient_of_statistics", _BITS, _TRAFFIC,
            "test_gradient_of_masked_padded_ignored_and_undefined_rows"), ("test_gradient",)),
+    Kernel("Triton loss and gradient in one launch", TRITON_FUSED, ()),
     Kernel("Triton ranks", TRITON, ("test_ranks", "test_ranks_along_with_statistics", "test_ranks_read_each_logit_once",
            "test_ranks_of_ragged_sets_and_hostile_rows", _BITS), ("test_ranks", "test_ragged_ranks")),
     Kernel("Triton softmax, forward and backward", TRITON, ("test_softmax",), ("test_softmax",)),

@@ -45,7 +45,7 @@ def _loss(x: torch.Tensor, y: torch.Tensor, backend: str, forget: Forget) -> tor
 
 def _loss_and_gradient(x: torch.Tensor, y: torch.Tensor, backend: str, forget: Forget) -> torch.Tensor:
     z = x.clone().requires_grad_()
-    loss = fastcalib.losses.nll(z, y, reduction="sum", backend=backend)
+    loss = fastcalib.fused_loss(z, y, fastcalib.losses.NLLLoss(reduction="sum"), backend=backend)
     return torch.autograd.grad(loss, z)[0]
 
 

@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from . import _cuda
 from ._arguments import Index, RowLayout, outside, raise_bad_id, row_layout
 
 Layout = tuple[int, int, int, int]
+# From so many thresholds a row the automatic choice ranks with the extension's CUDA kernel where it is compiled in: of
+# 256 likely tokens it takes 10 instructions a logit and memory is the limit (an H100 leaves 17), Triton's 36; of 16,
+# Triton's takes 18 (emulator, sm_90, bfloat16).
+CUDA_RANKS_FROM = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -126,6 +131,47 @@ def statistics_backward(
             target.tensor, rows_of(target), *upstream, layout.tensor, rows_of(layout), temperature, index, per_row,
             offsets, rows, scalars, argmax, saved, vocab_size, ignore_index,
         )  # fmt: skip
+
+
+def in_one_launch(logits: Tensor, temperature: Tensor, vocab_size: int, backend: str) -> bool:
+    """Whether ``statistics_with_gradient`` serves a call: Triton, one temperature, a row for each multiprocessor."""
+    return backend == "triton" and bool(
+        kernels("fused").serves(logits, logits.shape[:-1].numel(), vocab_size, temperature.shape[1])
+    )
+
+
+def statistics_with_gradient(
+    out: Tensor,
+    made: tuple[Tensor, ...],
+    grad_rows: Tensor,
+    grad_scalars: Tensor,
+    grad_log_prob: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    sum_logits: bool,
+) -> None:
+    """Write the gradient into ``out``, which may be the logits, and fill of the packed results what a loss may read
+    that is linear in log_prob, logsumexp, max_prob and, if asked for, sum_logits: those, argmax and the maximum."""
+    check_dtype(logits)
+    layout, target, temperature = row_layout(logits), row_layout(out), temperature.contiguous()
+    upstream = (grad_rows.contiguous(), grad_scalars.contiguous(), grad_log_prob.contiguous())
+    with on_device(logits):
+        kernels("fused").forward_and_backward(
+            target.tensor, rows_of(target), made, *upstream, layout.tensor, rows_of(layout), temperature,
+            index.contiguous(), vocab_size, ignore_index, sum_logits,
+        )  # fmt: skip
+
+
+def backend_for_ranks(asked: str, chosen: str, per_row: int) -> str:
+    """The backend of ``ranks`` for about so many thresholds a row: what was chosen, unless nobody asked for it by name
+    and it is Triton where the extension's kernel does better (CUDA_RANKS_FROM)."""
+    automatic = asked == "auto" and backends._forced == "auto"
+    if automatic and chosen == "triton" and per_row >= CUDA_RANKS_FROM and hasattr(backends._C, "cuda_ranks"):
+        return "cuda"
+    return chosen
 
 
 def ranks(

@@ -173,7 +173,10 @@ def ranks(
         ids, bounds = _normalise_thresholds(thresholds, logits)
     if validate and bounds is None:
         _gpu.validate_ids(ids, width, ignore_index)
-    backend = resolve(backend, logits.device, logits.dtype)
+    rows = max(logits.shape[:-1].numel(), 1)
+    backend = _gpu.backend_for_ranks(
+        backend, resolve(backend, logits.device, logits.dtype), ids.per_row or ids.ids.shape[0] // rows
+    )
     if backend == "eager":
         n_greater, n_equal, mass = _eager(
             logits, None if bounds is not None else ids.ids, bounds, ids, temperatures, width, ignore_index

@@ -200,16 +200,24 @@ def forward_and_backward_into(
     vocab_size: int,
     ignore_index: int,
     moments: bool,
+    backend: str = "cpp",
 ) -> tuple[Tensor, ...]:
     """The statistics (packed as by the registered operation) and, row by row while it is in the cache, the gradient.
 
-    For upstream gradients that are known before the statistics are: those of a loss that is linear in them. C++ only;
-    one selected token a row. ``out`` may be the logits themselves.
+    For upstream gradients that are known before the statistics are: those of a loss that is linear in them. One
+    selected token a row. ``out`` may be the logits themselves. C++, or Triton where ``_gpu.in_one_launch`` says so:
+    that one knows nothing of the moments but sum_logits, and leaves the others uninitialised.
     """
     layout, target = row_layout(logits), row_layout(out)
     if target.tensor is not out:
         raise ValueError(f"out must have adjacent columns and at most two strides over its rows, got {out.stride()}")
     made = _allocate(logits, temperature, index, False)
+    if _gpu.serves(logits, backend):
+        _gpu.statistics_with_gradient(
+            out, made, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, vocab_size, ignore_index,
+            moments,
+        )  # fmt: skip
+        return made
     rows, scalars, log_prob, argmax, _, _, _, saved = made
     bad = extension().statistics_with_gradient(
         *layout.args(),
