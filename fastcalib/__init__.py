@@ -6,6 +6,7 @@ from . import calibration, functional, losses
 from .backends import backends, use_backend
 from .calibration import CalibrationState, TemperatureFit, fit_temperature, fit_temperature_from
 from .fused import fused_loss
+from .linear import linear_loss
 from .ops import TokenRanks, TokenStatistics, linear_ranks, linear_statistics, log_softmax, ranks, softmax, statistics
 from .valid_sets import ValidSets
 
@@ -23,6 +24,7 @@ __all__ = [
     "fit_temperature",
     "fit_temperature_from",
     "fused_loss",
+    "linear_loss",
     "linear_ranks",
     "linear_statistics",
     "log_softmax",

@@ -145,7 +145,7 @@ class Gradients:
                 sums.addmm_(gradient.t(), hidden)
         self.count += 1
 
-    def weight(self) -> Tensor | None:
+    def finished_weight(self) -> Tensor | None:
         """The finished gradient of the weight. To be called once: what it is made of is let go."""
         if self.weight_dtype is None or self.whole is not None:
             return self.whole

@@ -219,4 +219,4 @@ class LinearStatistics(torch.autograd.Function):
             if temperatures:
                 grad_temperature = torch.stack(temperatures).sum(0) if whole else torch.cat(temperatures)
         bias_size = 0 if bias is None else bias.shape[0]
-        return sums.hidden, sums.weight(), sums.finished_bias(bias_size), grad_temperature, None
+        return sums.hidden, sums.finished_weight(), sums.finished_bias(bias_size), grad_temperature, None

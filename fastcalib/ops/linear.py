@@ -135,9 +135,9 @@ def linear_statistics(
 
     Example:
         >>> import torch, fastcalib
-        >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 0.0], [0.0, 0.0], [9.0, 0.0]])
+        >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
         >>> fastcalib.linear_statistics(hidden, weight, torch.tensor([2, 0])).log_prob
-        tensor([-2.4678e-04, -1.0986e+00])
+        tensor([-0.4076, -1.0986])
     """
     stand_in, width = check_linear(
         "linear_statistics", hidden, weight, bias, logit_softcap, logit_scale, vocab_size
