@@ -33,6 +33,7 @@ def linear_loss(
     ignore_index: int | None = None,
     reduction: str | None = None,
     num_items_in_batch: int | Tensor | None = None,
+    token_weight: Tensor | None = None,
     chunk_size: int | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
@@ -59,6 +60,7 @@ def linear_loss(
         loss_fn, temperature, ignore_index, reduction, num_items_in_batch, backend, **token_args: as for
             :func:`fastcalib.fused_loss`.
         bias: (V,).
+        token_weight: what the losses call ``weight`` (of each token), a name that the layer has taken here.
         logit_softcap: c, positive; None for none. The logits are ``c tanh(s (hidden weight^T + bias) / c)``.
         logit_scale: s; None for none.
         chunk_size: rows of logits at a time; None chooses as many as have 256 MB of logits, half as many with a softcap
@@ -90,6 +92,7 @@ def linear_loss(
     logits = check_linear("linear_loss", hidden, weight, bias, logit_softcap, logit_scale, vocab_size)[0]
     check_chunk_size("linear_loss", chunk_size, "rows")
     given = (temperature, ignore_index, reduction, vocab_size, backend)
+    token_args |= {} if token_weight is None else {"weight": token_weight}
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     wanting = "hidden, weight and bias" if differentiate else ""
     job = make_job("linear_loss", logits, target, loss_fn, given, num_items_in_batch, token_args, wanting, 1)
