@@ -13,6 +13,7 @@ TITLES = {
     "ranks": "Ranks",
     "dense": "Dense softmax",
     "losses": "Losses",
+    "linear": "Linear layer",
 }
 
 
