@@ -270,6 +270,11 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_ours(backend: s
         assert [g.dtype for g in got] == [torch.float32] * 3
         assert_gradients(got, gradients(want, exact), 2 * torch.finfo(torch.bfloat16).eps)
         want = F.cross_entropy(exact.logits(), KEPT)
+    layer, half = (random_layer(N, 300, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):  # where rounding shows
+        loss = linear_loss(layer.hidden, layer.weight, KEPT, module)
+    assert torch.equal(loss, linear_loss(half.hidden, half.weight, KEPT, module))
+    assert not torch.equal(loss, linear_loss(layer.hidden, layer.weight, KEPT, module))
 
 
 def test_truncation_sees_a_batch_as_one_however_it_is_cut(backend: str) -> None:
