@@ -37,7 +37,7 @@ def test_every_field_is_that_of_the_logits(dtype: torch.dtype, chunk_size: int |
         assert_statistics(got, want, dtype, f"chunk_size={chunk_size}")
 
 
-# Two vocabularies in use; 262,145 columns of one row pass a segment of 32,768 inside one chunk.
+# Two vocabularies in use; 40,000 columns are more than a segment of 32,768, so a chunk has two.
 @pytest.mark.parametrize(("v", "chunk_size"), [(32_000, None), (128_256, None), (128_256, 40_000)])
 def test_large_vocabularies(v: int, chunk_size: int | None, cpp_backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
