@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import ours, peers, plain
+from . import linear, ours, peers, plain
 from .problem import ARBITRARY, ARITHMETIC, SHAPES, Outputs, Problem, gradient
 
 Call = Callable[[], Outputs]
@@ -181,6 +181,27 @@ def _loss(problem: Problem, name: str, backward: bool) -> Job:
     return Job(factories, reference)
 
 
+def _linear_statistics(problem: Problem) -> Job:
+    layer, rows = linear.Layer(problem.n, problem.v, 4 * problem.n, problem.dtype), problem.checked_rows
+    factories: dict[str, Callable[[], Call]] = {
+        "fastcalib": partial(linear.statistics, layer),
+        "eager": partial(linear.eager_statistics, layer),
+        "torch.compile": partial(linear.compiled_statistics, layer, compiled),
+    }
+    return Job(factories, lambda: plain.statistics(layer.logits64(rows), layer.target[:rows], (1.0,)))
+
+
+def _linear_loss(problem: Problem) -> Job:
+    layer, rows = linear.Layer(problem.n, problem.v, 4 * problem.n, problem.dtype), problem.checked_rows
+    factories: dict[str, Callable[[], Call]] = {
+        "fastcalib": partial(linear.nll, layer),
+        "eager": partial(linear.eager_nll, layer),
+        "torch.compile": partial(linear.compiled_nll, layer, compiled),
+        "torch linear_cross_entropy": partial(linear.torch_nll, layer),
+    }
+    return Job(factories, lambda: {"grad": layer.gradient64(rows)})
+
+
 def temperature_grids() -> dict[str, tuple[float, ...]]:
     """Label -> temperatures of the statistics rows."""
     return {
@@ -224,6 +245,11 @@ def all_cases(shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
                 yield case(f"loss {name}", "fwd", one, 1, partial(loss, backward=False), "losses")
                 formula = f"{three} (2 reads, 1 write)"
                 yield case(f"loss {name}", "fwd+bwd", formula, 3, partial(loss, backward=True), "losses")
+            if (n, v) == shapes[0]:  # hidden states of D = 4 N; the weight is D V
+                formula = f"4 N V {b} B (1 read of the weight)"
+                yield case("linear statistics", "fwd", formula, 4, _linear_statistics, "linear")
+                formula = f"12 N V {b} B (2 reads of the weight, 1 write)"
+                yield case("linear nll", "fwd+bwd", formula, 12, _linear_loss, "linear")
 
 
 # What --quick runs: op, dtype, direction, at the first shape.

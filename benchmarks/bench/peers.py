@@ -34,7 +34,7 @@ def survey() -> list[Peer]:
         Peer(
             "cut-cross-entropy",
             _version("cut-cross-entropy"),
-            "not comparable here: fuses the linear layer (figures 17 and 18), which fastcalib does not have yet",
+            "not comparable here: its kernels are Triton, no CPU path (figures 17 and 18 have torch's own instead)",
         ),
     ]
 

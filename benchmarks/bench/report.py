@@ -14,6 +14,7 @@ TITLES = {
     "ranks": "Ranks",
     "dense": "Dense softmax",
     "losses": "Losses",
+    "linear": "Linear layer",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ours, plain
+from . import linear, ours, plain
 from .cases import compiled
 from .ceilings import Ceilings
 from .harness import Timing, Variant, measure, ratio
@@ -269,6 +269,31 @@ def _memory(settings: Settings, filled: list[Part]) -> None:
     fill(filled, 16, "in-place loss fp32", lambda: extra(make, outputs=False, before=refresh))
 
 
+def _linear(settings: Settings, filled: list[Part]) -> Run:
+    """Rows 17 and 18, bf16: four tokens for each row of the other figures, and hidden states of 1,024."""
+    n, v = settings.target_shape
+    layer = linear.Layer(4 * n, v, 1024, torch.bfloat16)
+    run = Run(settings)
+    for name, call in linear.products(layer).items():
+        run.add(name, lambda call=call: call)  # type: ignore[misc]
+    run.add("statistics", partial(linear.statistics, layer))
+    run.add("loss", partial(linear.nll, layer))
+    run.go()
+    fill(filled, 17, "time", lambda: run.over("statistics", "matmul"))
+    fill(filled, 18, "time", lambda: run.over("loss", "three matmuls"))
+
+    def extra() -> float:
+        if "statistics" in run.missing:
+            raise KeyError(run.missing["statistics"])
+        peak = peak_extra(linear.statistics(layer))
+        if peak is None:
+            raise KeyError("this kernel has no resettable high-water mark")
+        return peak
+
+    fill(filled, 17, "extra MB", extra)
+    return run
+
+
 def run_targets(settings: Settings, arguments: list[str]) -> dict[str, Any]:
     """Measures everything. ``arguments``: options to hand to the child process (threads, rounds, ...).
 
@@ -296,4 +321,6 @@ def run_targets(settings: Settings, arguments: list[str]) -> dict[str, Any]:
     times["ranks"] = _ranks(settings, ceilings, filled).times()
     settings.say("targets: memory (row 16)")
     _memory(settings, filled)
+    settings.say("targets: linear layer (rows 17 and 18)")
+    times["linear"] = _linear(settings, filled).times()
     return {"table": table(filled), "times": times}
