@@ -113,6 +113,41 @@ int64_t statistics_with_gradient(uintptr_t logits, int dtype, int64_t rows, int6
     return kernels().statistics_with_gradient(f, a);
 }
 
+void statistics_chunk(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                      int64_t columns, int64_t first, uintptr_t temperature, int64_t temperature_rows,
+                      int64_t temperature_count, uintptr_t ids, int64_t per_row, uintptr_t offsets, int64_t ignore_index,
+                      bool moments, uintptr_t heads, uintptr_t sums, uintptr_t chosen, int threads) {
+    StatisticsChunkArgs a;
+    a.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
+    a.columns = columns;
+    a.first = first;
+    a.temperatures = temperatures(temperature, temperature_rows, temperature_count);
+    a.selected = selection(ids, per_row, offsets, ignore_index);
+    a.moments = moments;
+    a.heads = ptr<Head>(heads);
+    a.sums = ptr<Sums>(sums);
+    a.chosen = ptr<double>(chosen);
+    a.threads = threads;
+    kernels().statistics_chunk(a);
+}
+
+void statistics_from_state(int dtype, int64_t rows, uintptr_t temperature, int64_t temperature_rows,
+                           int64_t temperature_count, uintptr_t ids, int64_t per_row, uintptr_t offsets,
+                           int64_t ignore_index, uintptr_t heads, uintptr_t sums, uintptr_t chosen, uintptr_t out_rows,
+                           uintptr_t scalars, uintptr_t log_prob, uintptr_t argmax, uintptr_t saved) {
+    StatisticsArgs a;
+    a.logits = matrix(0, dtype, rows, 1, 0, 0);
+    a.temperatures = temperatures(temperature, temperature_rows, temperature_count);
+    a.selected = selection(ids, per_row, offsets, ignore_index);
+    a.chosen = ptr<const double>(chosen);
+    a.rows = ptr(out_rows);
+    a.scalars = ptr(scalars);
+    a.log_prob = ptr(log_prob);
+    a.argmax = ptr<int64_t>(argmax);
+    a.saved = ptr(saved);
+    kernels().statistics_from_state(a, ptr<const Head>(heads), ptr<const Sums>(sums));
+}
+
 int64_t ranks(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
               int64_t vocab, uintptr_t ids, uintptr_t thresholds, int64_t per_row, uintptr_t offsets, int64_t ignore_index,
               uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t n_greater,
@@ -179,6 +214,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("statistics_forward", &statistics, release);
     m.def("statistics_backward", &statistics_backward, release);
     m.def("statistics_with_gradient", &statistics_with_gradient, release);
+    m.def("statistics_chunk", &statistics_chunk, release);
+    m.def("statistics_from_state", &statistics_from_state, release);
+    m.attr("statistics_head_bytes") = sizeof(Head);
+    m.attr("statistics_sums_bytes") = sizeof(Sums);
     m.def("ranks", &ranks, release);
     m.def("softmax_forward", &softmax_forward, release);
     m.def("softmax_backward", &softmax_backward, release);

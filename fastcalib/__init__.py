@@ -6,7 +6,8 @@ from . import calibration, functional, losses
 from .backends import backends, use_backend
 from .calibration import CalibrationState, TemperatureFit, fit_temperature, fit_temperature_from
 from .fused import fused_loss
-from .ops import TokenRanks, TokenStatistics, log_softmax, ranks, softmax, statistics
+from .linear import linear_loss
+from .ops import TokenRanks, TokenStatistics, linear_ranks, linear_statistics, log_softmax, ranks, softmax, statistics
 from .valid_sets import ValidSets
 
 __version__ = "0.1.0"
@@ -23,6 +24,9 @@ __all__ = [
     "fit_temperature",
     "fit_temperature_from",
     "fused_loss",
+    "linear_loss",
+    "linear_ranks",
+    "linear_statistics",
     "log_softmax",
     "losses",
     "ranks",

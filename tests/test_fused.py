@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcalib
-from fastcalib import TokenStatistics, fused, losses
+from fastcalib import TokenStatistics, _fused_job, losses
 from fastcalib.fused import fused_loss
 
 from .cases import LAYOUTS, random_logits
@@ -216,7 +216,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(backend: str, monkeypatch:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(fused, "backward_into", never)
+    monkeypatch.setattr(_fused_job, "backward_into", never)
     monkeypatch.setattr(torch.autograd, "grad", never)
     before = logits.clone()
     for inplace in (False, True):
@@ -257,14 +257,14 @@ def test_gradient_accumulates_over_calls(backend: str) -> None:
 def test_the_gradient_is_handed_over_not_copied(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leaf = sharp_logits(torch.float32).requires_grad_()
     held: list[int] = []
-    original = fused._Job.run
+    original = _fused_job.Job.run
 
-    def run(self: fused._Job, logits: Tensor, gradient: Tensor | None) -> Tensor:
+    def run(self: _fused_job.Job, logits: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None
         held.append(gradient.data_ptr())
         return original(self, logits, gradient)
 
-    monkeypatch.setattr(fused._Job, "run", run)
+    monkeypatch.setattr(_fused_job.Job, "run", run)
     fused_loss(leaf, TARGET, losses.NLLLoss(backend=backend)).backward()
     assert leaf.grad is not None and held == [leaf.grad.data_ptr()]
 

@@ -53,6 +53,20 @@ struct StatisticsArgs {
     void *rows = nullptr, *scalars = nullptr, *log_prob = nullptr;  // (6, N, K), (2, N), (nnz, K)
     int64_t *argmax = nullptr, *n_greater = nullptr, *n_equal = nullptr;
     void *mass_greater = nullptr, *saved = nullptr;  // (nnz, K), (N, 3 + 2K): max, mean - max, n; log s0 and s1/s0 each
+    const double* chosen = nullptr;  // (nnz,): logits of the selected tokens where the logits themselves are gone
+    int threads = 1;
+};
+
+// Some neighbouring columns of a matrix, on their way into the states of its rows.
+struct StatisticsChunkArgs {
+    Matrix logits;
+    int64_t columns = 0, first = 0;  // how many, and which column of the whole the first of them is
+    Temperatures temperatures;
+    Selection selected;  // ids count in the whole
+    bool moments = true;
+    Head* heads = nullptr;     // (N,), kept by the caller from chunk to chunk, as are
+    Sums* sums = nullptr;      // (N, K)
+    double* chosen = nullptr;  // (nnz,)
     int threads = 1;
 };
 
@@ -98,6 +112,8 @@ struct Kernels {
     int64_t (*statistics)(const StatisticsArgs&);
     void (*statistics_backward)(const StatisticsBackwardArgs&);
     int64_t (*statistics_with_gradient)(const StatisticsArgs&, const StatisticsBackwardArgs&);
+    void (*statistics_chunk)(const StatisticsChunkArgs&);
+    void (*statistics_from_state)(const StatisticsArgs&, const Head*, const Sums*);
     int64_t (*ranks)(const RanksArgs&);
     void (*softmax)(const SoftmaxArgs&);
     void (*softmax_backward)(const SoftmaxArgs&);

@@ -4,6 +4,7 @@
 #include "softmax.h"
 #include "statistics.h"
 #include "statistics_backward.h"
+#include "statistics_chunks.h"
 
 #define FASTCALIB_STRING_(x) #x
 #define FASTCALIB_STRING(x) FASTCALIB_STRING_(x)
@@ -45,6 +46,14 @@ const Kernels kernels = {
     [](const StatisticsArgs& f, const StatisticsBackwardArgs& a) {
         return by_dtype(f.logits.dtype, [&](auto t) { return statistics_with_gradient<decltype(t)>(f, a); },
                         [&](const Kernels& k) { return k.statistics_with_gradient(f, a); });
+    },
+    [](const StatisticsChunkArgs& a) {
+        by_dtype(a.logits.dtype, [&](auto t) { statistics_chunk<decltype(t)>(a); },
+                 [&](const Kernels& k) { k.statistics_chunk(a); });
+    },
+    [](const StatisticsArgs& a, const Head* heads, const Sums* sums) {
+        by_dtype(a.logits.dtype, [&](auto t) { statistics_from_state<decltype(t)>(a, heads, sums); },
+                 [&](const Kernels& k) { k.statistics_from_state(a, heads, sums); });
     },
     [](const RanksArgs& a) {
         return by_dtype(a.logits.dtype, [&](auto t) { return ranks<decltype(t)>(a); },

@@ -43,7 +43,7 @@ FASTCALIB_ONE_BODY void finish_row(const StatisticsArgs& a, int64_t row, const H
     saved[0] = real(head.max);
     saved[1] = real(head.mean - head.max);
     saved[2] = real(head.n);
-    const T* x = a.logits.row<const T>(row);
+    const T* x = a.chosen ? nullptr : a.logits.row<const T>(row);
     for (int64_t k = 0; k < k_count; ++k) {
         const Sums& s = sums[k];
         const double b = betas.b[k], log_s0 = std::log(s.s0), t1 = s.s1 / s.s0, y1 = t1 / betas.c[k];
@@ -57,8 +57,12 @@ FASTCALIB_ONE_BODY void finish_row(const StatisticsArgs& a, int64_t row, const H
         saved[3 + k_count + k] = real(y1);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t id = a.selected.ids[i];
-            log_prob[i * k_count + k] =
-                id == a.selected.ignore_index ? real(0) : real(b * (double(to_real(x[id])) - head.max) - log_s0);
+            if (id == a.selected.ignore_index) {
+                log_prob[i * k_count + k] = 0;
+                continue;
+            }
+            const double z = a.chosen ? a.chosen[i] : double(to_real(x[id]));
+            log_prob[i * k_count + k] = real(b * (z - head.max) - log_s0);
         }
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -430,11 +431,24 @@ def statistics(
     if backend == "eager":
         every = _shape_eager(_eager(logits, temperatures, ids, width, ignore_index, ranks), leading, selected, axis)
         return every if moments else _without_moments(every)
-    rows, scalars, log_prob, argmax, n_greater, n_equal, mass, saved = torch.ops.fastcalib.statistics(
+    packed = torch.ops.fastcalib.statistics(
         logits, temperatures, None if ids is None else ids.ids, 0 if ids is None else ids.per_row,
         None if ids is None else ids.offsets, width, ignore_index, ranks, backend,
         moments or temperatures.requires_grad,
     )  # fmt: skip
+    return unpack(packed, leading, selected if ids is not None else None, axis, ranks, moments)
+
+
+def unpack(
+    packed: Sequence[Tensor],
+    leading: tuple[int, ...],
+    selected: tuple[int, ...] | None,
+    axis: tuple[int, ...],
+    ranks: bool,
+    moments: bool,
+) -> TokenStatistics:
+    """The operation's packed results in the shapes of the caller. ``selected``: that of the index, None without one."""
+    rows, scalars, log_prob, argmax, n_greater, n_equal, mass, saved = packed
     # One view of the packed result, then one unbind: views cost more than the kernel where rows are short.
     every = TokenStatistics._make(
         (
@@ -442,10 +456,10 @@ def statistics(
             argmax.reshape(leading),
             *scalars.reshape(2, *leading).unbind(0),
             saved[:, 0].reshape(leading),
-            None if ids is None else log_prob.reshape((*selected, *axis)),
-            n_greater.reshape(selected) if ranks else None,
-            n_equal.reshape(selected) if ranks else None,
-            mass.reshape((*selected, *axis)) if ranks else None,
+            None if selected is None else log_prob.reshape((*selected, *axis)),
+            n_greater.reshape(selected) if ranks and selected is not None else None,
+            n_equal.reshape(selected) if ranks and selected is not None else None,
+            mass.reshape((*selected, *axis)) if ranks and selected is not None else None,
         )
     )
     return every if moments else _without_moments(every)
