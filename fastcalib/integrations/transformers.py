@@ -1,8 +1,8 @@
 """Losses of fastcalib in ``transformers.Trainer`` and in TRL's ``SFTTrainer``.
 
-Two ways. :class:`CausalLMLoss` is a ``compute_loss_func``: it gets the model's logits. :class:`LinearLossMixin` overrides
-``compute_loss``: it takes the hidden states and the weight of the head, and the logits never exist. Nothing of the model
-is patched.
+Two ways. :class:`CausalLMLoss` is a ``compute_loss_func``: it gets the model's logits. :class:`LinearLossMixin`
+overrides ``compute_loss``: it takes the hidden states and the weight of the head, and the logits never exist. Nothing
+of the model is patched.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ def sequence_positions(
     Example:
         >>> import torch
         >>> from fastcalib.integrations.transformers import sequence_positions
-        >>> sequence_positions(torch.tensor([[-100, 4, 5, 6], [7, 8, -100, -100]]))
-        (tensor([[0, 0, 1, 2],
-                [0, 1, 1, 1]]), tensor([[3, 3, 3, 3],
-                [2, 2, 2, 2]]))
+        >>> position, length = sequence_positions(torch.tensor([[-100, 4, 5, 6], [7, 8, -100, -100]]))
+        >>> position.tolist(), length.tolist()
+        ([[0, 0, 1, 2], [0, 1, 2, 2]], [[3, 3, 3, 3], [2, 2, 2, 2]])
     """
     kept = (target != ignore_index).long()
     before = kept.cumsum(-1) - kept  # learnt tokens ahead of this one in its row
@@ -76,7 +75,7 @@ def sequence_positions(
     return position, length[group].view_as(target).clamp(min=1)
 
 
-def _token_arguments(loss_fn: Any, target: Tensor, sequence: Tensor | None) -> dict[str, Tensor]:
+def _token_arguments(loss_fn: Any, target: Tensor, sequence: Tensor | None) -> dict[str, Any]:
     """What a loss wants to know of each token beside its target."""
     wanted = loss_fn.formula.token_arguments if isinstance(loss_fn, TokenLoss) else ()
     if "position" not in wanted:
@@ -95,7 +94,7 @@ class CausalLMLoss:
 
     Args:
         loss_fn: a module of :mod:`fastcalib.losses` or a callable, as in :func:`fastcalib.fused_loss`.
-        inplace_backward: write the gradient over the logits. ``outputs.logits`` then hold no logits after the loss: only
+        inplace_backward: write the gradient over the logits. ``outputs.logits`` then hold no logits after the loss: for
             where nothing reads them (Trainer does not while it trains; metrics of your own may).
         vocab_size: of the tokens, where the head is padded to more columns.
         shift: False for models whose labels are those of the logits' own positions.
@@ -127,7 +126,7 @@ class CausalLMLoss:
         self.shift = shift
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if logits is None:
             raise TypeError(
                 f"CausalLMLoss: the model's outputs ({type(outputs).__name__}) have no logits; use LinearLossMixin "
@@ -150,11 +149,12 @@ class CausalLMLoss:
 class LinearLossMixin:
     """Mixin for ``transformers.Trainer`` and TRL's ``SFTTrainer``: the loss from hidden states, without the logits.
 
-    Put it first: ``class Trainer(LinearLossMixin, SFTTrainer): loss_fn = fastcalib.losses.LambdaPRLoss(...)``. The model
-    runs as it is, wrapped or not; a hook on its output embedding takes the hidden states and leaves one position a
-    sequence for it to work on. :func:`fastcalib.linear_loss` does the rest, a chunk of rows at a time. A cap or scale of
-    the logits is read from the model's config (Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's
-    logits_scaling). Where outputs are asked for (evaluation with metrics) they come from a second forward with all logits.
+    Put it first: ``class Trainer(LinearLossMixin, SFTTrainer): loss_fn = fastcalib.losses.LambdaPRLoss(...)``. The
+    model runs as it is, wrapped or not; a hook on its output embedding takes the hidden states and leaves one position
+    a sequence for it to work on. :func:`fastcalib.linear_loss` does the rest, a chunk of rows at a time. A cap or scale
+    of the logits is read from the model's config (Gemma's final_logit_softcapping, Cohere's logit_scale, Granite's
+    logits_scaling). Where outputs are asked for (evaluation with metrics), a second forward makes them, all logits
+    included.
 
     Attributes:
         loss_fn: as in :func:`fastcalib.linear_loss`; default nll.
@@ -219,8 +219,8 @@ def _head(model: nn.Module) -> nn.Linear:
     head = find() if find is not None else None
     if not isinstance(head, nn.Linear):
         raise TypeError(
-            f"LinearLossMixin: {type(model).__name__}.get_output_embeddings() gives {type(head).__name__}, not a linear "
-            "layer; use compute_loss_func=CausalLMLoss(...), which takes the logits"
+            f"LinearLossMixin: {type(model).__name__}.get_output_embeddings() gives {type(head).__name__}, not a "
+            "linear layer; use compute_loss_func=CausalLMLoss(...), which takes the logits"
         )
     if type(head.weight).__name__ == "DTensor":
         raise TypeError("LinearLossMixin: the head's weight is sharded; use compute_loss_func=CausalLMLoss(...)")
@@ -250,7 +250,7 @@ def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) ->
 
 def _logit_transform(model: nn.Module) -> dict[str, float]:
     """What the model does to the product of hidden states and weight before it calls it logits."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     made: dict[str, float] = {}
     if cap := getattr(config, "final_logit_softcapping", None):
