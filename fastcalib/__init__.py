@@ -6,25 +6,32 @@ from . import calibration, functional, losses
 from .backends import backends, use_backend
 from .calibration import CalibrationState, TemperatureFit, fit_temperature, fit_temperature_from
 from .fused import fused_loss
-from .ops import TokenRanks, TokenStatistics, log_softmax, ranks, softmax, statistics
+from .ops import PRDivergence, TokenRanks, TokenStatistics, log_softmax, pr_divergence, ranks, softmax, statistics
+from .pr_curve import PRCurve, angles, f_beta, pr_curve
 from .valid_sets import ValidSets
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationState",
+    "PRCurve",
+    "PRDivergence",
     "TemperatureFit",
     "TokenRanks",
     "TokenStatistics",
     "ValidSets",
+    "angles",
     "backends",
     "calibration",
+    "f_beta",
     "functional",
     "fit_temperature",
     "fit_temperature_from",
     "fused_loss",
     "log_softmax",
     "losses",
+    "pr_curve",
+    "pr_divergence",
     "ranks",
     "softmax",
     "statistics",
