@@ -5,9 +5,9 @@ from __future__ import annotations
 from . import calibration, functional, losses
 from .backends import backends, use_backend
 from .calibration import CalibrationState, TemperatureFit, fit_temperature, fit_temperature_from
+from .curves import PRCurve, angles, f_beta, pr_curve
 from .fused import fused_loss
 from .ops import PRDivergence, TokenRanks, TokenStatistics, log_softmax, pr_divergence, ranks, softmax, statistics
-from .pr_curve import PRCurve, angles, f_beta, pr_curve
 from .valid_sets import ValidSets
 
 __version__ = "0.1.0"

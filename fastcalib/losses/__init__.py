@@ -7,6 +7,7 @@ logits forward, one read and one write backward. :func:`fastcalib.fused_loss` do
 
 from ._base import TokenLoss
 from ._options import CallOptions, Options
+from .distribution import PRLoss, pr
 from .diversity import GEMLoss, ToFULoss, gem, tofu
 from .likelihood import (
     DFTLoss,
@@ -22,7 +23,6 @@ from .likelihood import (
     mixce,
     nll,
 )
-from .pr import PRLoss, pr
 from .precision_recall import CDivLoss, LambdaPRLoss, TailrLoss, c_div, lambda_pr, tailr, trunc, trunc_r
 from .truncation import TruncLoss, TruncRLoss
 
