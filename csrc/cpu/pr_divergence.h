@@ -25,6 +25,12 @@ namespace fastcalib::FASTCALIB_ISA {
 template <class S> constexpr int64_t search_from() { return S::has_gather ? 40 : 24; }
 template <class S> constexpr int64_t search_backward_from() { return S::has_gather ? 28 : 24; }
 
+// vector::assign would be emitted by an instruction set alone where the baseline inlines it (CMakeLists.txt).
+template <class Real> void refill(std::vector<Real>& values, int64_t n, Real value) {
+    values.resize(size_t(n));
+    std::fill(values.begin(), values.end(), value);
+}
+
 // The thresholds of one row, falling, and the two sides' normalisers.
 template <class S> struct PairRow {
     using real = typename S::real;
@@ -39,7 +45,7 @@ template <class S> struct PairRow {
         order.resize(size_t(n));
         std::iota(order.begin(), order.end(), int64_t(0));
         std::stable_sort(order.begin(), order.end(), [&](int64_t l, int64_t r) { return lam[l] > lam[r]; });
-        theta.assign(size_t(padded), -real(INFINITY));
+        refill(theta, padded, -real(INFINITY));
     }
     void set(const double* lam, const double* norms, double b_q, double b_p) {
         c[0] = kLog2e * b_q;

@@ -34,7 +34,7 @@ FASTCALIB_ONE_BODY void prepare_pair(const PairBackwardArgs& a, int64_t row, Pai
     up.kind = PairUpstream<S>::kValue;
     for (int side = 0; side < 2; ++side) {
         const double scale = b[side] * ::exp2(-own.pair.log2_s0[side]);
-        up.each[side].assign(size_t(count), real(0));
+        refill(up.each[side], count, real(0));
         std::vector<double> value(size_t(count), 0.0);
         double total = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -49,7 +49,7 @@ FASTCALIB_ONE_BODY void prepare_pair(const PairBackwardArgs& a, int64_t row, Pai
             up.each[side][size_t(i)] = real(value[size_t(i)]);
         }
         up.total[side] = scale * total;
-        own.prefix[side].assign(size_t(own.pair.padded), real(0));
+        refill(own.prefix[side], own.pair.padded, real(0));
         double sum = 0;
         for (int64_t i = 0; i <= count; ++i) {  // u = i: student the first i of them, teacher the others
             if (side == 0) {
