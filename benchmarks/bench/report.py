@@ -12,6 +12,7 @@ TITLES = {
     "statistics": "Statistics",
     "ranks": "Ranks",
     "dense": "Dense softmax",
+    "pr": "Precision-recall divergence",
     "losses": "Losses",
 }
 
