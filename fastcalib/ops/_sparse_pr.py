@@ -39,8 +39,7 @@ def against_sets(
     less = lam.log2() + log_p[:, None] / _LN2 > log_q.detach().double()[:, None] / _LN2
     below = torch.where(less | q.isnan(), q, 0.0)
     rest = torch.where(less | (log_q == -torch.inf)[:, None], 0.0, p)
-    total = torch.zeros(2, n_rows, lam.shape[0], dtype=dtype, device=logits.device)
-    below, rest = total.index_add(1, row_of, torch.stack((below, rest))).unbind(0)
+    below, rest = _sum_of_sets(torch.cat((below, rest), -1), row_of, sets.offsets, n_rows).chunk(2, -1)
     unbounded, none = lam.isinf(), lam == 0
     alpha = below + torch.where(unbounded, 0.0, lam).to(dtype) * rest
     alpha = torch.where(none, 0.0 * below, alpha)
@@ -55,6 +54,14 @@ def against_sets(
 
 
 _LN2 = 0.6931471805599453
+
+
+def _sum_of_sets(values: Tensor, row_of: Tensor, offsets: Tensor, n_rows: int) -> Tensor:
+    """(nnz, L) -> (N, L), in the order of the sets' own values, so that the bits of a row are its own."""
+    if values.is_cuda:  # scatter_add adds in any order there
+        return torch.segment_reduce(values, "sum", offsets=offsets, axis=0)
+    total = torch.zeros(n_rows, values.shape[1], dtype=values.dtype, device=values.device)
+    return total.scatter_add(0, row_of[:, None].expand_as(values), values)  # 5 times as fast as index_add
 
 
 def _rows(sets: ValidSets) -> Tensor:
