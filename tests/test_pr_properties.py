@@ -164,10 +164,10 @@ def test_bits_of_a_sparse_row_do_not_depend_on_its_batch(backend):
     lists = [torch.randperm(900)[: 1 + 37 * r % 300].tolist() for r in range(40)]
     every = fastcalib.pr_divergence(z, ValidSets.from_lists(lists), GRID, backend=backend)
     torch.set_num_threads(2)
-    for rows in (slice(7, 8), slice(3, 31)):
-        some = fastcalib.pr_divergence(z[rows], ValidSets.from_lists(lists[rows]), GRID, backend=backend)
+    for part in (slice(7, 8), slice(3, 31)):
+        some = fastcalib.pr_divergence(z[part], ValidSets.from_lists(lists[part]), GRID, backend=backend)
         if backend != "eager":  # whose normaliser is torch's own sum
-            assert torch.equal(some.alpha, every.alpha[rows]) and torch.equal(some.beta, every.beta[rows])
+            assert torch.equal(some.alpha, every.alpha[part]) and torch.equal(some.beta, every.beta[part])
 
 
 def heated(q, t):
