@@ -4,7 +4,8 @@
 //     d_v = t_q - t_p < theta_lam = log2 lam + log2 s0_q - log2 s0_p
 // so one difference of logits is held against all thresholds, and with A = sum_{d < theta} Q_v, B = sum_{d >= theta} P_v
 //     alpha = A + lam B,    beta = alpha / lam = A / lam + B.
-// lam = 0 and inf are thresholds below and above every finite d: B is then P(supp Q), the recall, and A is Q(supp P), the precision.
+// lam = 0 and inf are thresholds below and above every finite d: B is then P(supp Q), the recall, and A is Q(supp P),
+// the precision.
 //
 // Backward, b = 1/T, away from ties; dQ_u/dz_v = b Q_v (1[u = v] - Q_u) and the terms with lam P_u do not move:
 //     d alpha/dz_v = b Q_v (1[d_v < theta] - A)          for the teacher   lam b_p P_v (1[d_v >= theta] - B)
@@ -240,7 +241,9 @@ template <class S> FASTCALIB_ONE_BODY void finish_pair(const PairArgs& a, int64_
         mass[n * count + k] = rest;
         // The bounds hold exactly for exact sums; rounding may pass them by a unit.
         alpha[k] = real(std::min(std::isinf(lam) ? below : below + lam * rest, std::min(1.0, lam)));
-        beta[k] = real(lam == 0 ? std::min(1.0, rest) : std::isinf(lam) ? 0.0 : std::min(below / lam + rest, std::min(1.0, 1.0 / lam)));
+        beta[k] = real(lam == 0          ? std::min(1.0, rest)
+                       : std::isinf(lam) ? 0.0
+                                         : std::min(below / lam + rest, std::min(1.0, 1.0 / lam)));
     }
 }
 

@@ -66,7 +66,8 @@ FASTCALIB_ONE_BODY void prepare_pair(const PairBackwardArgs& a, int64_t row, Pai
 
 // Gradients of a segment; adds sum y dz to temperature[side] where asked for.
 template <class S, class T, int Side, bool Distances>
-FC_INLINE void write_pair(PairScratch<S>& s, const PairUpstream<S>& up, bool search, int64_t n, int64_t whole, T* out, double* temperature) {
+FC_INLINE void write_pair(PairScratch<S>& s, const PairUpstream<S>& up, bool search, int64_t n, int64_t whole, T* out,
+                          double* temperature) {
     using real = typename S::real;
     using vec = typename S::vec;
     const vec total = S::set(real(up.total[Side])), zero = S::set(0), masked = S::set(-real(INFINITY));
@@ -135,7 +136,8 @@ template <class T> void pr_divergence_backward(const PairBackwardArgs& a) {
     const auto write = [&](int64_t row, int64_t segment, PairScratch<S>& own, const PairUpstream<S>& up) {
         const FlushDenormals flush;
         const int64_t start = segment * kSegment, end = std::min(f.vocab, start + kSegment), n = end - start;
-        T* out[2] = {to_student ? to_student + row * a.student_width : nullptr, to_teacher ? to_teacher + row * a.teacher_width : nullptr};
+        T* out[2] = {to_student ? to_student + row * a.student_width : nullptr,
+                     to_teacher ? to_teacher + row * a.teacher_width : nullptr};
         const int64_t widths[2] = {a.student_width, a.teacher_width};
         for (int side = 0; side < 2; ++side) {
             if (!out[side]) continue;
