@@ -197,6 +197,59 @@ void softmax_backward(uintptr_t grad, int dtype, int64_t rows, int64_t inner, in
     kernels().softmax_backward(a);
 }
 
+// Both matrices share dtype and number of rows.
+PairArgs pair(uintptr_t student, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+              uintptr_t teacher, int64_t teacher_inner, int64_t teacher_outer_stride, int64_t teacher_inner_stride, int64_t vocab,
+              uintptr_t temperature, int64_t temperature_rows, uintptr_t teacher_temperature, int64_t teacher_temperature_rows,
+              uintptr_t lam, int64_t lam_count, uintptr_t ignored, uintptr_t mass, uintptr_t norms, int threads) {
+    PairArgs a;
+    a.student = matrix(student, dtype, rows, inner, outer_stride, inner_stride);
+    a.teacher = matrix(teacher, dtype, rows, teacher_inner, teacher_outer_stride, teacher_inner_stride);
+    a.vocab = vocab;
+    a.temperatures = temperatures(temperature, temperature_rows, 1);
+    a.teacher_temperatures = temperatures(teacher_temperature, teacher_temperature_rows, 1);
+    a.lam = ptr<const double>(lam);
+    a.lam_count = lam_count;
+    a.ignored = ptr<const uint8_t>(ignored);
+    a.mass = ptr<double>(mass);
+    a.norms = ptr<double>(norms);
+    a.threads = threads;
+    return a;
+}
+
+void pr_divergence_forward(uintptr_t student, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                           uintptr_t teacher, int64_t teacher_inner, int64_t teacher_outer_stride, int64_t teacher_inner_stride,
+                           int64_t vocab, uintptr_t temperature, int64_t temperature_rows, uintptr_t teacher_temperature,
+                           int64_t teacher_temperature_rows, uintptr_t lam, int64_t lam_count, uintptr_t ignored, uintptr_t mass,
+                           uintptr_t norms, int threads, uintptr_t alpha, uintptr_t beta) {
+    PairArgs a = pair(student, dtype, rows, inner, outer_stride, inner_stride, teacher, teacher_inner, teacher_outer_stride,
+                      teacher_inner_stride, vocab, temperature, temperature_rows, teacher_temperature, teacher_temperature_rows, lam,
+                      lam_count, ignored, mass, norms, threads);
+    a.alpha = ptr(alpha);
+    a.beta = ptr(beta);
+    kernels().pr_divergence(a);
+}
+
+void pr_divergence_backward(uintptr_t student, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                            uintptr_t teacher, int64_t teacher_inner, int64_t teacher_outer_stride, int64_t teacher_inner_stride,
+                            int64_t vocab, uintptr_t temperature, int64_t temperature_rows, uintptr_t teacher_temperature,
+                            int64_t teacher_temperature_rows, uintptr_t lam, int64_t lam_count, uintptr_t ignored, uintptr_t mass,
+                            uintptr_t norms, int threads, uintptr_t grad_alpha, uintptr_t grad_beta, uintptr_t grad_student,
+                            int64_t student_width, uintptr_t grad_teacher, int64_t teacher_width, uintptr_t grad_temperature) {
+    PairBackwardArgs a;
+    a.forward = pair(student, dtype, rows, inner, outer_stride, inner_stride, teacher, teacher_inner, teacher_outer_stride,
+                     teacher_inner_stride, vocab, temperature, temperature_rows, teacher_temperature, teacher_temperature_rows, lam,
+                     lam_count, ignored, mass, norms, threads);
+    a.grad_alpha = ptr(grad_alpha);
+    a.grad_beta = ptr(grad_beta);
+    a.grad_student = ptr(grad_student);
+    a.grad_teacher = ptr(grad_teacher);
+    a.student_width = student_width;
+    a.teacher_width = teacher_width;
+    a.grad_temperature = ptr<double>(grad_temperature);
+    kernels().pr_divergence_backward(a);
+}
+
 // Ask for huge pages under a large fresh buffer: a first touch then faults once per 2 MB instead of once per 4 KB.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -221,6 +274,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("ranks", &ranks, release);
     m.def("softmax_forward", &softmax_forward, release);
     m.def("softmax_backward", &softmax_backward, release);
+    m.def("pr_divergence_forward", &pr_divergence_forward, release);
+    m.def("pr_divergence_backward", &pr_divergence_backward, release);
     m.def("advise_huge_pages", &advise_huge_pages, release);
 #if defined(FASTCALIB_HAVE_CUDA)
     fastcalib::cuda::bind(m);

@@ -322,6 +322,10 @@ def test_cases_cover_the_sizes_asked_for():
             for m in (1, 16, 256, 4096):
                 assert f"ranks M={m} | {dtype} | {shape} | fwd" in names
             assert f"loss nll | {dtype} | {shape} | fwd+bwd" in names
+    for kind in ("dense", "sparse"):
+        for dtype in ("fp32", "bf16"):
+            assert all(f"pr {kind} L={count} | {dtype} | 256x128256 | fwd" in names for count in (1, 16, 128))
+            assert all(f"pr {kind} L={count} | {dtype} | 256x128256 | fwd+bwd" in names for count in (1, 16))
     for name in plain.LOSSES:
         for direction in ("fwd", "fwd+bwd"):
             assert f"loss {name} | fp32 | 256x128256 | {direction}" in names

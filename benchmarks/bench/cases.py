@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,6 +143,31 @@ def _ranks(problem: Problem, m: int) -> Job:
     return Job(factories, lambda: plain.ranks_sorted(z[:rows], index[:rows]))
 
 
+def _pr(problem: Problem, count: int, sparse: bool, backward: bool) -> Job:
+    """alpha at ``count`` lambda; backward with the upstream of a mean."""
+    z, rows = problem.logits, problem.checked_rows
+    target = problem.selected(256) if sparse else problem.teacher
+    lam = torch.tan(torch.arange(1, count + 1, dtype=torch.float64) * (math.pi / 2 / (count + 1)))
+    looped = plain.pr_sparse if sparse else plain.pr_dense_sorted if count > 16 and not backward else plain.pr_dense
+    fast = compiled(plain.pr_sparse if sparse else plain.pr_dense_at_once)
+
+    def wrap(function: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+        if not backward:
+            return lambda: {"alpha": function(x)}
+        leaf = x.detach().requires_grad_()
+        return lambda: {"grad": torch.autograd.grad(function(leaf).sum(), leaf)[0]}
+
+    some = target[:rows] if sparse else target[:rows].double()
+    return Job(
+        {
+            "fastcalib": lambda: wrap(ours.pr_divergence(z, target, lam), z),
+            "eager": lambda: wrap(lambda x: looped(x, target, lam), z),
+            "torch.compile": lambda: wrap(lambda x: fast(x, target, lam), z),
+        },
+        lambda: wrap(lambda x: (plain.pr_sparse if sparse else plain.pr_dense)(x, some, lam), problem.rows64())(),
+    )
+
+
 def _loss(problem: Problem, name: str, backward: bool) -> Job:
     z, target, rows = problem.logits, problem.target, problem.checked_rows
     options, per_token = plain.LOSSES[name]
@@ -240,6 +266,15 @@ def all_cases(shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
                 yield case(name, "fwd", f"{three} (2 reads, 1 write)", 3, partial(dense, backward=False), "dense")
                 formula = f"{3 + 3} N V {b} B (forward 3, backward 2 reads, 1 write)"
                 yield case(name, "fwd+bwd", formula, 6, partial(dense, backward=True), "dense")
+            for count in (1, 16, 128) if (n, v) == shapes[0] else ():
+                for sparse in (False, True):
+                    op, reads = f"pr {'sparse' if sparse else 'dense'} L={count}", 1 if sparse else 2
+                    build = partial(_pr, count=count, sparse=sparse)
+                    formula = f"{reads} N V {b} B"
+                    yield case(op, "fwd", formula, reads, partial(build, backward=False), "pr")
+                    formula = f"{2 * reads + 1} N V {b} B ({2 * reads} reads, 1 write)"
+                    if count < 128:
+                        yield case(op, "fwd+bwd", formula, 2 * reads + 1, partial(build, backward=True), "pr")
             for name in plain.LOSSES if (n, v) == shapes[0] else ("nll",):
                 loss = partial(_loss, name=name)
                 yield case(f"loss {name}", "fwd", one, 1, partial(loss, backward=False), "losses")

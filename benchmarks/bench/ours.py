@@ -59,6 +59,17 @@ def ranks(logits: Tensor, index: Tensor, temperature: float | None = None) -> Ca
     return call
 
 
+def pr_divergence(logits: Tensor, teacher: Tensor, lam: Tensor) -> Callable[[Tensor], Tensor]:
+    """``logits -> alpha (N, L)`` against a teacher's logits (N, V), or the uniform distribution on an index (N, M)."""
+    library = _library()
+    function = _attribute(library, "pr_divergence")
+    if not teacher.is_floating_point():
+        sizes = torch.arange(len(teacher) + 1) * teacher.shape[1]
+        target = library.ValidSets(teacher.reshape(-1), sizes)
+        return lambda x: function(x, target, lam).alpha
+    return lambda x: function(x, teacher, lam).alpha
+
+
 def dense(name: str, logits: Tensor, temperature: float) -> Call:
     """``fastcalib.softmax`` or ``fastcalib.log_softmax``."""
     function = _attribute(_library(), name)

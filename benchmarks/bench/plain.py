@@ -100,6 +100,34 @@ def ranks_sorted(logits: Tensor, index: Tensor) -> Outputs:
     return {"n_greater": above, "n_equal": logits.shape[-1] - above - below - 1}
 
 
+def pr_dense(logits: Tensor, teacher: Tensor, lam: Tensor) -> Tensor:
+    """alpha (N, L) between two softmaxes, one lambda after the other."""
+    q, p = F.softmax(_up(logits), -1), F.softmax(_up(teacher), -1)
+    return torch.stack([torch.minimum(value * p, q).sum(-1) for value in lam.to(q.dtype)], -1)
+
+
+def pr_dense_at_once(logits: Tensor, teacher: Tensor, lam: Tensor) -> Tensor:
+    """The same for torch.compile: one reduction over N L V terms that are never stored."""
+    q, p = F.softmax(_up(logits), -1), F.softmax(_up(teacher), -1)
+    return torch.minimum(lam.to(q.dtype)[None, :, None] * p[:, None], q[:, None]).sum(-1)
+
+
+def pr_dense_sorted(logits: Tensor, teacher: Tensor, lam: Tensor) -> Tensor:
+    """The same by sorting the ratios Q / P and adding up from both ends: the sensible way for many lambda."""
+    q, p = F.softmax(_up(logits), -1), F.softmax(_up(teacher), -1)
+    ratio, order = torch.sort(q / p, -1)
+    below = F.pad(q.gather(-1, order).cumsum(-1), (1, 0))
+    rest = F.pad(p.gather(-1, order).flip(-1).cumsum(-1).flip(-1), (0, 1))
+    at = torch.searchsorted(ratio, lam.to(ratio.dtype).expand(len(q), -1).contiguous())
+    return below.gather(-1, at) + lam.to(q.dtype) * rest.gather(-1, at)
+
+
+def pr_sparse(logits: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    """alpha (N, L) against the uniform distribution on each row's index (N, M)."""
+    q = F.log_softmax(_up(logits), -1).gather(-1, index).exp()
+    return torch.minimum(lam.to(q.dtype)[:, None] / index.shape[-1], q[:, None]).sum(-1)
+
+
 def _target_log_prob(logits: Tensor, target: Tensor) -> Tensor:
     return -F.cross_entropy(_up(logits), target, reduction="none")  # faster than log_softmax and gather, both ways
 

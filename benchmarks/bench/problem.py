@@ -58,6 +58,12 @@ class Problem:
         empty = torch.empty(self.n, self.v, device=self.device)
         return empty.normal_(generator=self.generator).to(self.dtype)
 
+    @cached_property
+    def teacher(self) -> Tensor:
+        """Logits of another model, some way from the first."""
+        noise = torch.empty(self.n, self.v).normal_(generator=self.generator)
+        return (self.logits.float() + noise).to(self.dtype)
+
     def selected(self, m: int) -> Tensor:
         """(N, m) distinct random token ids per row, int64."""
         if m not in self._selected:

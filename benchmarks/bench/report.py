@@ -13,6 +13,7 @@ TITLES = {
     "statistics": "Statistics",
     "ranks": "Ranks",
     "dense": "Dense softmax",
+    "pr": "Precision-recall divergence",
     "losses": "Losses",
     "linear": "Linear layer",
 }

@@ -106,6 +106,27 @@ struct SoftmaxArgs {
     int threads = 1;
 };
 
+// Two matrices over the same vocabulary, the student's Q and the teacher's P, and L values of lam in any order.
+struct PairArgs {
+    Matrix student, teacher;
+    int64_t vocab = 0;
+    Temperatures temperatures, teacher_temperatures;
+    const double* lam = nullptr;
+    int64_t lam_count = 0;
+    const uint8_t* ignored = nullptr;     // (N,), or null: rows that are not read
+    void *alpha = nullptr, *beta = nullptr;  // (N, L)
+    double *mass = nullptr, *norms = nullptr;  // (2, N, L): Q where Q < lam P, P elsewhere; (N, 4): max and log2 s0 of each side
+    int threads = 1;
+};
+
+struct PairBackwardArgs {
+    PairArgs forward;  // mass and norms as written forward; alpha and beta are not looked at
+    const void *grad_alpha = nullptr, *grad_beta = nullptr;
+    void *grad_student = nullptr, *grad_teacher = nullptr;  // (N, width) contiguous, or null
+    int64_t student_width = 0, teacher_width = 0;
+    double* grad_temperature = nullptr;  // (N, 2), or null
+};
+
 // One instruction set's kernels. Functions that gather ids return the position of the first bad id, or -1.
 struct Kernels {
     const char* name;
@@ -117,6 +138,8 @@ struct Kernels {
     int64_t (*ranks)(const RanksArgs&);
     void (*softmax)(const SoftmaxArgs&);
     void (*softmax_backward)(const SoftmaxArgs&);
+    void (*pr_divergence)(const PairArgs&);
+    void (*pr_divergence_backward)(const PairBackwardArgs&);
 };
 
 }  // namespace fastcalib

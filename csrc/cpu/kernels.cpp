@@ -1,5 +1,7 @@
 // Every kernel for one instruction set. This file is compiled several times, with FASTCALIB_ISA naming the set.
 #include "api.h"
+#include "pr_divergence.h"
+#include "pr_divergence_backward.h"
 #include "ranks.h"
 #include "softmax.h"
 #include "statistics.h"
@@ -65,6 +67,13 @@ const Kernels kernels = {
     [](const SoftmaxArgs& a) {
         by_dtype(a.logits.dtype, [&](auto t) { softmax_backward<decltype(t)>(a); },
                  [&](const Kernels& k) { k.softmax_backward(a); });
+    },
+    [](const PairArgs& a) {
+        by_dtype(a.student.dtype, [&](auto t) { pr_divergence<decltype(t)>(a); }, [&](const Kernels& k) { k.pr_divergence(a); });
+    },
+    [](const PairBackwardArgs& a) {
+        by_dtype(a.forward.student.dtype, [&](auto t) { pr_divergence_backward<decltype(t)>(a); },
+                 [&](const Kernels& k) { k.pr_divergence_backward(a); });
     },
 };
 

@@ -150,6 +150,9 @@ struct F32 {
     static FC_INLINE vec where_greater(vec a, vec b, vec v) {
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), v);
     }
+    static FC_INLINE vec where_not_greater(vec a, vec b, vec v) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NGT_UQ), v);
+    }
     // 2^t for t in [-126, 127].
     static constexpr bool exp2_passes_nan = true;
     static FC_INLINE vec exp2(vec t) {
@@ -245,6 +248,9 @@ struct F32 {
     static FC_INLINE vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
     static FC_INLINE bool any_not_less(vec a, vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)) != 0; }
     static FC_INLINE vec where_greater(vec a, vec b, vec v) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), v); }
+    static FC_INLINE vec where_not_greater(vec a, vec b, vec v) {
+        return _mm256_andnot_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), v);
+    }
     using count = __m256i;
     static FC_INLINE count no_count() { return _mm256_setzero_si256(); }
     static FC_INLINE count add_greater(count n, vec a, vec b) {
@@ -292,6 +298,7 @@ struct F32 {
     static FC_INLINE bool any(count m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
     static FC_INLINE bool any_not_less(vec a, vec b) { return any(a >= b); }
     static FC_INLINE vec where_greater(vec a, vec b, vec v) { return (vec)((a > b) & (count)v); }
+    static FC_INLINE vec where_not_greater(vec a, vec b, vec v) { return (vec)(~(a > b) & (count)v); }
     static constexpr bool has_gather = false;
     static FC_INLINE count no_count() { return count{0, 0, 0, 0}; }
     static FC_INLINE count add_greater(count n, vec a, vec b) { return n - (a > b); }
@@ -395,6 +402,7 @@ struct F64 {
     static FC_INLINE double reduce_max(vec v) { return v; }
     static FC_INLINE bool any_not_less(vec a, vec b) { return a >= b; }
     static FC_INLINE vec where_greater(vec a, vec b, vec v) { return a > b ? v : 0.0; }
+    static FC_INLINE vec where_not_greater(vec a, vec b, vec v) { return a > b ? 0.0 : v; }
     static FC_INLINE vec exp2(vec t) { return ::exp2(t); }
     static FC_INLINE vec exp2_finite(vec t) { return ::exp2(t); }
     static FC_INLINE vec exp2_or_zero(vec t) { return t > lowest_exponent ? ::exp2(t) : 0.0; }

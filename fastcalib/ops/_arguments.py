@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -107,6 +107,18 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
             raise ValueError("temperature is an empty sequence; pass at least one number")
         return row_of(values, logits.device), True
     return row_of([_check_number(temperature)], logits.device), False
+
+
+def temperature_a_row(name: str, temperature: Any, logits: Tensor) -> Tensor:
+    """One temperature for all rows or one each, float64 (1 or N, 1); ``name`` is the argument's."""
+    if not isinstance(temperature, (*NUMBERS, Tensor)):
+        raise TypeError(
+            f"{name} must be a number or a tensor over the leading dimensions, got {type(temperature).__name__}"
+        )
+    try:
+        return normalise_temperature(temperature if isinstance(temperature, Tensor) else float(temperature), logits)[0]
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("temperature", name, 1)) from None
 
 
 def row_of(values: list[float], device: torch.device) -> Tensor:

@@ -237,3 +237,59 @@ def softmax_backward(
         kernels("softmax_backward").backward(
             out, grad_temperature, layout.tensor, rows_of(layout), output, logsumexp, temperature, vocab_size, log
         )
+
+
+def _refuse_cuda(backend: str) -> None:
+    if backend == "cuda":
+        raise RuntimeError("backend 'cuda' has no pr_divergence; use backend='triton'")
+
+
+def pr_divergence_forward(
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    logits: Tensor,
+    teacher: Tensor,
+    lam: Tensor,
+    temperature: Tensor,
+    teacher_temperature: Tensor,
+    ignored: Tensor | None,
+    vocab_size: int,
+    backend: str,
+) -> None:
+    """Fill alpha, beta, and what backward needs: mass and norms."""
+    check_dtype(logits)
+    _refuse_cuda(backend)
+    student, other = row_layout(logits), row_layout(teacher)
+    with on_device(logits):
+        kernels("pr_divergence").forward(
+            out, student.tensor, rows_of(student), other.tensor, rows_of(other), lam, temperature.contiguous(),
+            teacher_temperature.contiguous(), ignored, vocab_size,
+        )  # fmt: skip
+
+
+def pr_divergence_backward(
+    grad_logits: Tensor | None,
+    grad_teacher: Tensor | None,
+    grad_temperature: Tensor | None,
+    grad_alpha: Tensor,
+    grad_beta: Tensor,
+    logits: Tensor,
+    teacher: Tensor,
+    lam: Tensor,
+    temperature: Tensor,
+    teacher_temperature: Tensor,
+    ignored: Tensor | None,
+    vocab_size: int,
+    mass: Tensor,
+    norms: Tensor,
+    backend: str,
+) -> None:
+    """Fill the gradients that are not None: contiguous ones to both logits, float64 (N, 2) to the temperatures."""
+    check_dtype(logits)
+    _refuse_cuda(backend)
+    student, other = row_layout(logits), row_layout(teacher)
+    with on_device(logits):
+        kernels("pr_divergence_backward").backward(
+            grad_logits, grad_teacher, grad_temperature, grad_alpha, grad_beta, student.tensor, rows_of(student),
+            other.tensor, rows_of(other), lam, temperature.contiguous(), teacher_temperature.contiguous(), ignored,
+            vocab_size, mass, norms,
+        )  # fmt: skip

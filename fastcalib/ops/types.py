@@ -50,6 +50,18 @@ class TokenStatistics(NamedTuple):
     mass_greater: Tensor | None
 
 
+class PRDivergence(NamedTuple):
+    """Points of the precision-recall curve of one distribution Q against another, P: (*) or (*, L) for L values of lam.
+
+    Fields:
+        alpha: ``sum_v min(lam P_v, Q_v)``, the precision; between 0 and min(1, lam).
+        beta: ``alpha / lam``, the recall; between 0 and min(1, 1 / lam). At lam = 0 its limit.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+
+
 class TokenRanks(NamedTuple):
     """Exact counts around selected tokens (or thresholds).
 
