@@ -1,0 +1,10 @@
+// What kernels.cpp uses of std:: outside its own namespaces and the compiler may leave out of line: whether it does differs
+// between instruction sets, and the linker keeps the first copy. These, compiled with the baseline, come before all others.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+template class std::vector<double>;
+template class std::vector<int64_t>;
+template class std::vector<uint16_t>;
+template const double* std::min_element<const double*>(const double*, const double*);
