@@ -162,7 +162,8 @@ def open_device(name: str) -> Iterator[Device]:
 
         if why := emulated_cuda.why_not():
             pytest.skip(why)
-        with emulated_cuda.backend(int(name.removeprefix("emulated-cuda-sm"))):
+        with emulated_cuda.backend(int(name.removeprefix("emulated-cuda-sm"))), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backends_module, "_why_no_cuda", lambda: "")  # for use_backend
             yield Device(torch.device("cpu"), "cuda", emulated=True)
         return
     if name.startswith("emulated-sm"):

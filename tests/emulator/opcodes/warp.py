@@ -36,7 +36,7 @@ class Table:
             self.present = present.reshape(-1, WARP)
 
     def of(self, value: Array, missing: Any) -> np.ndarray:
-        value = self.lanes.spread(value)
+        value = np.broadcast_to(self.lanes.spread(value), self.lanes.count)  # one number where all lanes have the same
         if self.square:
             return value.reshape(-1, WARP)
         table = np.full(self.lanes.batch.warps * WARP, missing, value.dtype)
