@@ -1,6 +1,6 @@
 """Do losses for the precision-recall curve cover more than nll with a temperature? On a language known exactly.
 
-    python examples/coverage.py                        everything, five seeds: about four minutes on one core
+    python examples/coverage.py                        everything, five seeds: about five minutes of one core
     python examples/coverage.py --quick                two losses, one seed, seconds
     python examples/coverage.py --loss nll --loss gem  these losses only (nll is always among them)
 

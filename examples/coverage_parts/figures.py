@@ -46,7 +46,7 @@ def _plane(ax: Axes, results: list[dict[str, Any]], names: list[str]) -> None:
             _curves(ax, results, name, colour, marker)
     ax.axhline(LEVEL, color=GREY, lw=1, ls=":")
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall P(Q ≥ P/10)", ylabel="precision Q(supp P)")
-    ax.legend(loc="lower left", title="marker: T = 1")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 0.12), title="marker: T = 1")
 
 
 def _curves(ax: Axes, results: list[dict[str, Any]], name: str, colour: str, marker: str) -> None:

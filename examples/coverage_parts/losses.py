@@ -29,4 +29,3 @@ LOSSES: dict[str, Callable[[], TokenLoss]] = {
     "focal": losses.FocalLoss,
     "gem": losses.GEMLoss,
 }
-RECONSTRUCTED = ("trunc_r", "c_div")  # from a figure; the formula was not available

@@ -1,4 +1,4 @@
-"""A language whose distribution is known exactly, and a transformer that is too small for it."""
+"""A language whose distribution is known exactly, and a transformer small enough to be visibly wrong about it."""
 
 from __future__ import annotations
 
