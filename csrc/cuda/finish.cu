@@ -32,7 +32,7 @@ struct RowOutput {
     int64_t* argmax;
 };
 
-__global__ void __launch_bounds__(kRowThreads) finish_rows(const StatisticsArgs a, const Partial partial) {
+__global__ void __launch_bounds__(kRowThreads, 16) finish_rows(const StatisticsArgs a, const Partial partial) {
     const int64_t row = blockIdx.x, n_rows = a.logits.rows, k_count = a.temperatures.count, stride = 3 + 2 * k_count;
     const RowOutput out{static_cast<float*>(a.rows), static_cast<float*>(a.scalars), static_cast<float*>(a.log_prob),
                         static_cast<float*>(a.saved) + row * stride, a.argmax};

@@ -31,13 +31,29 @@ __device__ __forceinline__ double warp_sum_of_four(double a, double b, double c,
     return sum;
 }
 
+// Two sums in every lane, at little more than the price of one.
+__device__ __forceinline__ double2 warp_sum_of_two(double a, double b) {
+    const bool upper = lane_index() & 16;
+    double sum = upper ? b : a;
+    sum += __shfl_xor_sync(kAllLanes, upper ? a : b, 16);
+#pragma unroll
+    for (int step = 8; step; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    return make_double2(__shfl_sync(kAllLanes, sum, 0), __shfl_sync(kAllLanes, sum, 16));
+}
+
+// What a warp's logits of a segment add to its spread: their number n, where finite, their sum, and n^2 times their
+// variance, which needs no division yet.
+struct WarpSpread {
+    double sum, excess;
+    int n, flags;
+};
+
 // Shared memory of the reductions below. Each use has its own fields, so that one barrier serves each.
 struct ReduceMemory {
     float top[kWarps];
-    double sum[kWarps], square[kWarps], careful[kWarps];
-    int64_t count[kWarps];
+    WarpSpread spread[kWarps];
     double four[2][kWarps][4];
-    int argmax, masked, undefined, unused;  // read as one vector, hence four of them
+    int argmax;
 };
 
 __device__ __forceinline__ double over_warps(const double* parts) {

@@ -28,13 +28,14 @@ struct Float16 {
     uint16_t bits;
 };
 
+// Volatile: else compilers widen a segment once and keep 64 numbers in registers from one pass to the next.
 __device__ __forceinline__ void widen(uint32_t word, float (&out)[1], float) { out[0] = __uint_as_float(word); }
 __device__ __forceinline__ void widen(uint32_t word, float (&out)[2], BFloat16) {
-    out[0] = __uint_as_float(word << 16);
-    out[1] = __uint_as_float(word & 0xffff0000u);
+    asm volatile("shl.b32 %0, %1, 16;" : "=f"(out[0]) : "r"(word));
+    asm volatile("and.b32 %0, %1, 0xffff0000;" : "=f"(out[1]) : "r"(word));
 }
 __device__ __forceinline__ void widen(uint32_t word, float (&out)[2], Float16) {
-    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.f32.f16 %0, l;\n\tcvt.f32.f16 %1, h;\n\t}"
+    asm volatile("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.f32.f16 %0, l;\n\tcvt.f32.f16 %1, h;\n\t}"
         : "=f"(out[0]), "=f"(out[1])
         : "r"(word));
 }
@@ -191,14 +192,17 @@ template <class T> struct Segment {
     int slots;  // vectors of a thread that hold any column
 
     // Columns [start, start + kSegmentLength) of a row of `vocab`; what is missing is -inf. All lanes take part.
-    // `last_time` says that nobody will look at them again.
+    // `last_time` says that nobody will look at them again. OneAddress saves registers nearly everywhere; ptxas tells.
+    template <bool OneAddress = true>
     __device__ __forceinline__ void load(const T* row, int64_t start, int64_t vocab, bool last_time = false) {
         const int64_t left = vocab - start;
         slots = left >= kSegmentLength<T> ? kVectors : int((left + kStride<T> - 1) / kStride<T>);
         // Where the row starts `shift` elements behind a multiple of 16 bytes, aligned vectors are read and each lane's
         // columns are cut out of its own and the next lane's.
         const int shift = misalignment(row);
-        const int64_t first = start + int64_t(threadIdx.x) * kPer - shift;
+        int64_t first = start + int64_t(threadIdx.x) * kPer - shift;
+        // One address and offsets, instead of 8 addresses that wait from segment to segment.
+        if constexpr (OneAddress) asm volatile("" : "+l"(first));
         const bool inside = start >= shift && left >= kSegmentLength<T> + (shift ? kPer - shift : 0);
         if (inside && last_time) {
 #pragma unroll
@@ -234,11 +238,8 @@ template <class T> struct Segment {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
             if (j >= slots) continue;
-            // Hidden from the compiler, which would keep 64 widened numbers in registers from one pass to the next.
-            uint4 v = vectors[j];
-            asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
             float z[kPer];
-            widen<T>(v, z);
+            widen<T>(vectors[j], z);
             body(j, z);
         }
     }

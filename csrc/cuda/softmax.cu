@@ -19,17 +19,15 @@ __device__ __forceinline__ double inverse_temperature(const SoftmaxArgs& a, int6
 template <class T> __device__ __forceinline__ void sum_segment(const Segment<T>& segment, float c, ReduceMemory& memory,
                                                                SoftmaxPart* part) {
     float own_top;
-    double sum;
-    SegmentHead head = {};
-    const float top = find_top(segment, memory, own_top, sum);
-    find_kind(segment, sum, memory, head);
+    const float top = find_top<false>(segment, kSegmentLength<T>, memory, own_top);
+    const int flags = threadIdx.x == 0 ? find_flags(memory) : 0;
     sum_powers<false>(segment, top, c, memory.four[0], [](int, const float (&)[kPerVector<T>]) {});
     __syncthreads();
     if (threadIdx.x != 0) return;
     double s0 = memory.four[0][0][0];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) s0 += memory.four[0][w][0];
-    *part = {s0, top, head.flags};
+    *part = {s0, top, flags};
 }
 
 // A row from its segments, by one warp, always in the same order. Intrinsics, because two kernels share these lines.

@@ -24,12 +24,9 @@ template <class T> struct Pair {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
             if (j >= grad.slots) continue;
-            uint4 one = grad.vectors[j], two = result.vectors[j];  // hidden as in Segment::each_vector
-            asm volatile("" : "+r"(one.x), "+r"(one.y), "+r"(one.z), "+r"(one.w));
-            asm volatile("" : "+r"(two.x), "+r"(two.y), "+r"(two.z), "+r"(two.w));
             float g[kPerVector<T>], r[kPerVector<T>];
-            widen<T>(one, g);
-            widen<T>(two, r);
+            widen<T>(grad.vectors[j], g);
+            widen<T>(result.vectors[j], r);
 #pragma unroll
             for (int u = 0; u < kPerVector<T>; ++u) body(u, g[u], r[u]);
         }

@@ -67,119 +67,133 @@ __device__ __forceinline__ void sum_powers(const Segment<T>& segment, float top,
     }
 }
 
-// Maximum of the segment in every thread; NaN takes no part. Ends with a barrier. `sum` is of all the logits of a full
-// segment and shows, by not being finite, that some logit is not.
-template <class T> __device__ __forceinline__ float find_top(const Segment<T>& segment, ReduceMemory& memory,
-                                                             float& own_top, double& sum) {
-    float top = -infinity(), total = 0;
-    segment.each_vector([&](int, const float (&z)[kPerVector<T>]) {
-        float half[kPerVector<T> / 2];
+// 1 / n of a count, to the last bits of a double: a division would be a call, and a call puts registers away.
+__device__ __forceinline__ double reciprocal(int n) {
+    float first;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(first) : "f"(float(n)));
+    double r = double(first);
 #pragma unroll
-        for (int u = 0; u < kPerVector<T> / 2; ++u) {
-            top = fmaxf(top, fmaxf(z[2 * u], z[2 * u + 1]));
-            half[u] = __fadd_rn(z[2 * u], z[2 * u + 1]);
-        }
-        if constexpr (kPerVector<T> == 8)
-            total = __fadd_rn(total, __fadd_rn(__fadd_rn(half[0], half[1]), __fadd_rn(half[2], half[3])));
-        else total = __fadd_rn(total, __fadd_rn(half[0], half[1]));
-    });
-    own_top = top;
-    top = warp_max(top);
-    const double warp_total = warp_sum(double(total));
-    if (lane_index() == 0) {
-        memory.top[warp_index()] = top;
-        memory.sum[warp_index()] = warp_total;
-    }
-    if (threadIdx.x == 0) {
-        memory.argmax = kSegmentLength<T>;
-        memory.masked = memory.undefined = memory.unused = 0;
-    }
-    __syncthreads();
-    sum = over_warps(memory.sum);
-    return over_warps(memory.top);
+    for (int step = 0; step < 2; ++step) r = fma(r, fma(-double(n), r, 1.0), r);
+    return r;
 }
 
-// Sum of (z - mean)^2 over the thread's logits; a careful one leaves out what is not finite.
-template <bool Careful, class Real, class T>
-__device__ __forceinline__ double squares(const Segment<T>& segment, Real mean) {
-    Real square = 0;
+// Sum and sum of squares of (z - mean) over the thread's finite logits.
+template <class Real, class T> __device__ __forceinline__ double2 about(const Segment<T>& segment, Real mean) {
+    Real sum = 0, square = 0;
     segment.each_vector([&](int, const float (&z)[kPerVector<T>]) {
 #pragma unroll
         for (int u = 0; u < kPerVector<T>; ++u) {
+            if (!is_finite(z[u])) continue;
             const Real d = Real(z[u]) - mean;
-            if (!Careful || is_finite(z[u])) square = fma(d, d, square);
+            sum += d;
+            square = fma(d, d, square);
         }
     });
-    return double(square);
+    return make_double2(double(sum), double(square));
 }
 
-// Spread and kind of the logits of one segment of `length` columns; all threads call it, thread 0 gets the answer. In a
-// full segment of finite logits the sum is known already; otherwise one more look, at registers. Squares are taken
-// about the mean of the segment, which keeps their digits whatever offset the logits have, and again in double where
-// float32 overflows.
-template <class T> __device__ __forceinline__ void find_spread(const Segment<T>& segment, int length, double sum,
-                                                               ReduceMemory& memory, SegmentHead& head) {
-    int64_t count = length;
-    const bool plain = length == kSegmentLength<T> && fabs(sum) < double(infinity());
-    if (!plain) {
-        float partial = 0;  // scaled, so that no sum of 64 finite numbers overflows
-        int finite = 0, masked = 0, undefined = 0;
-        segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
+// A warp's spread by one or two more looks at its registers: some logits are not finite or missing, far from 0 for their
+// spread, or their squares overflow. Squares are taken about the mean, and again in double where float32 overflows.
+template <bool Spread, class T>
+__device__ __forceinline__ WarpSpread careful_spread(const Segment<T>& segment, int length) {
+    float partial = 0;  // scaled, so that no sum of 64 finite numbers overflows
+    int finite = 0;
+    bool masked = false, undefined = false;
+    segment.each_vector([&](int j, const float (&z)[kPerVector<T>]) {
 #pragma unroll
-            for (int u = 0; u < kPerVector<T>; ++u) {
-                const bool present = Segment<T>::column(j, u) < length, known = is_finite(z[u]);
-                finite += known;
-                masked |= present && z[u] == -infinity();
-                undefined |= !known && z[u] != -infinity();
-                if (known) partial = __fmaf_rn(z[u], 0x1p-8f, partial);
-            }
-        });
-        const double warp_partial = warp_sum(double(partial) * 256.0);
-        const int warp_count = __reduce_add_sync(kAllLanes, unsigned(finite));
-        if (lane_index() == 0) {
-            memory.careful[warp_index()] = warp_partial;
-            memory.count[warp_index()] = warp_count;
+        for (int u = 0; u < kPerVector<T>; ++u) {
+            const bool known = is_finite(z[u]);
+            undefined |= !known && z[u] != -infinity();
+            if constexpr (!Spread) continue;
+            finite += known;
+            masked |= Segment<T>::column(j, u) < length && z[u] == -infinity();
+            if (known) partial = __fmaf_rn(z[u], 0x1p-8f, partial);
         }
-        if (masked) memory.masked = 1;
-        if (undefined) memory.undefined = 1;
-        __syncthreads();
-        sum = over_warps(memory.careful);
-        count = 0;
-        for (int w = 0; w < kWarps; ++w) count += memory.count[w];
-    }
-    const double mean = count ? sum / double(count) : 0.0;
-    double square =
-        warp_sum(plain ? squares<false, float>(segment, float(mean)) : squares<true, float>(segment, float(mean)));
-    if (lane_index() == 0) memory.square[warp_index()] = square;
-    __syncthreads();
-    square = over_warps(memory.square);
-    if (!(square < double(infinity()))) {
-        __syncthreads();  // everybody has read
-        square = warp_sum(squares<true, double>(segment, mean));
-        if (lane_index() == 0) memory.square[warp_index()] = square;
-        __syncthreads();
-        square = over_warps(memory.square);
-    }
-    if (threadIdx.x != 0) return;
-    head.n = int(count);
-    head.mean = mean;
-    head.m2 = square;
-    head.flags = (memory.masked ? kHasMasked : 0) | (memory.undefined ? kIsUndefined : 0);
+    });
+    WarpSpread out = {0, 0, 0, __any_sync(kAllLanes, undefined) ? kIsUndefined : 0};
+    if constexpr (!Spread) return out;
+    if (__any_sync(kAllLanes, masked)) out.flags |= kHasMasked;
+    out.n = int(__reduce_add_sync(kAllLanes, unsigned(finite)));
+    if (out.n == 0) return out;
+    const double n = double(out.n), mean = warp_sum(double(partial) * 256.0) * reciprocal(out.n), near = double(float(mean));
+    double2 own = about(segment, float(mean)), of = warp_sum_of_two(own.x, own.y);
+    out.sum = n * near + of.x;  // the mean was rounded, and of sums that were
+    out.excess = n * of.y - of.x * of.x;
+    if (of.y < double(infinity())) return out;
+    own = about(segment, mean);
+    of = warp_sum_of_two(own.x, own.y);
+    out.sum = n * mean + of.x;
+    out.excess = n * of.y - of.x * of.x;
+    return out;
 }
 
-// Only whether some logit is NaN or +inf. Ends with a barrier.
-template <class T> __device__ __forceinline__ void find_kind(const Segment<T>& segment, double sum,
-                                                             ReduceMemory& memory, SegmentHead& head) {
-    if (!(fabs(sum) < double(infinity()))) {
-        bool undefined = false;
-        segment.each_vector([&](int, const float (&z)[kPerVector<T>]) {
+// Maximum of the segment of `length` columns, in every thread; NaN takes no part. On the way each warp leaves its spread,
+// or without Spread just the flag of NaN and +inf. Ends with a barrier.
+//
+// Squares are summed as they are: of finite logits whose mean is within 5 of their standard deviations from 0 that costs
+// at most a factor of 32 in rounding, of a sum in chains of 32 terms. Other warps take the careful way.
+template <bool Spread, class T> __device__ __forceinline__ float find_top(const Segment<T>& segment, int length,
+                                                                          ReduceMemory& memory, float& own_top) {
+    constexpr int kPer = kPerVector<T>;
+    float top = -infinity(), total = 0, square[2] = {0, 0};
+    segment.each_vector([&](int, const float (&z)[kPer]) {
+        float sum[kPer];
 #pragma unroll
-            for (int u = 0; u < kPerVector<T>; ++u) undefined |= !is_finite(z[u]) && z[u] != -infinity();
-        });
-        if (undefined) memory.undefined = 1;
+        for (int u = 0; u < kPer; ++u) {
+            sum[u] = z[u];
+            top = fmaxf(top, z[u]);
+            if constexpr (Spread) square[u % 2] = __fmaf_rn(z[u], z[u], square[u % 2]);
+        }
+#pragma unroll
+        for (int step = kPer / 2; step; step /= 2)
+#pragma unroll
+            for (int u = 0; u < step; ++u) sum[u] = __fadd_rn(sum[u], sum[u + step]);
+        total = __fadd_rn(total, sum[0]);
+    });
+    own_top = top;
+    top = warp_max(top);
+    WarpSpread spread = {0, 0, 32 * segment.slots * kPer, 0};
+    bool plain;  // the same in all lanes
+    if constexpr (Spread) {
+        const double2 sums = warp_sum_of_two(double(total), double(square[0]) + double(square[1]));
+        const double n = double(spread.n);
+        spread.sum = sums.x;
+        spread.excess = n * sums.y - sums.x * sums.x;
+        plain = spread.excess >= n / 32 * sums.y && sums.y < double(infinity());  // false for NaN
+    } else {
+        plain = __all_sync(kAllLanes, is_finite(total));
     }
+    if (!plain) spread = careful_spread<Spread>(segment, length);
+    if (lane_index() == 0) {
+        memory.top[warp_index()] = top;
+        memory.spread[warp_index()] = spread;
+    }
+    if (threadIdx.x == 0) memory.argmax = kSegmentLength<T>;
     __syncthreads();
-    head.flags = memory.undefined ? kIsUndefined : 0;
+    return over_warps(memory.top);
+}
+
+// Whether some logit is NaN or +inf, and perhaps whether some are masked.
+__device__ __forceinline__ int find_flags(const ReduceMemory& memory) {
+    int flags = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) flags |= memory.spread[w].flags;
+    return flags;
+}
+
+// Spread of the segment's finite logits from those of its warps, for thread 0: the first warp calls it.
+__device__ __forceinline__ void find_spread(const ReduceMemory& memory, SegmentHead& head) {
+    const auto over_eight = [](auto v) {
+#pragma unroll
+        for (int step = kWarps / 2; step; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+        return v;
+    };
+    const WarpSpread own = memory.spread[lane_index() % kWarps];
+    const double n = double(own.n), each = own.n ? reciprocal(own.n) : 0.0;
+    head.n = over_eight(own.n);
+    head.mean = over_eight(own.sum) * reciprocal(max(head.n, 1));
+    const double d = own.sum * each - head.mean;
+    head.m2 = over_eight(own.excess * each + n * (d * d));
 }
 
 // Lowest column of the maximum, for thread 0 after the next barrier, in memory.argmax.

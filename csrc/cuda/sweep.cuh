@@ -13,7 +13,7 @@ struct SweepArgs {
     Selection selected;
     Partial partial;
     int segments;           // of a row
-    int splits, per_split;  // blocks of a row, and segments of a block
+    int splits, per_split;  // blocks of a row, and segments of a block: one, of statistics
     int capacity, copies;   // thresholds held in shared memory at a time
 };
 
@@ -57,17 +57,18 @@ __device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int
     }
 }
 
-// One segment's Head, and its Sums unless the row has no softmax here.
-template <class T> __device__ __forceinline__ void write_head(const SweepArgs& a, int64_t row, int segment_index,
-                                                              float top, SegmentHead& head,
-                                                              const ReduceMemory& reduce) {
-    if (threadIdx.x != 0) return;
+// One segment's Head but for the argmax; the first warp calls it before the barrier that follows find_top's.
+template <bool Statistics>
+__device__ __forceinline__ void write_head(SegmentHead* out, float top, const ReduceMemory& memory) {
+    SegmentHead head = {};
+    if constexpr (Statistics) find_spread(memory, head);
     head.top = top;
-    head.argmax = reduce.argmax < kSegmentLength<T> ? reduce.argmax : -1;
-    *a.partial.head(row, segment_index) = head;
+    head.flags = find_flags(memory);
+    if (threadIdx.x == 0) *out = head;
 }
 
-template <class T, bool Statistics, bool Counting> __global__ void __launch_bounds__(kThreads, Counting ? 2 : 3)
+// Two or three blocks to a multiprocessor, whichever leaves registers enough: 64 or 96 KiB of logits in flight.
+template <class T, bool Statistics, bool Counting> __global__ void __launch_bounds__(kThreads, Counting || sizeof(T) == 2 ? 2 : 3)
     sweep_kernel(const SweepArgs a) {
     extern __shared__ uint32_t dynamic[];
     __shared__ SweepMemory memory;
@@ -77,7 +78,8 @@ template <class T, bool Statistics, bool Counting> __global__ void __launch_boun
         if (row_is_skipped(a.selected, row)) return;
     }
     const T* x = a.logits.template row<const T>(row);
-    const int first = split * a.per_split, last = min(first + a.per_split, a.segments);
+    const int first = Statistics ? split : split * a.per_split;
+    const int last = Statistics ? first + 1 : min(first + a.per_split, a.segments);
     const int64_t begin = Counting ? a.selected.begin(row) : 0, end = Counting ? a.selected.end(row) : 0;
     const bool masses = Counting && a.temperatures.count > 0;
     if (!Statistics && begin == end) return;
@@ -104,28 +106,25 @@ template <class T, bool Statistics, bool Counting> __global__ void __launch_boun
             const int length = int(min(int64_t(kSegmentLength<T>), a.vocab - start));
             Segment<T> segment;
             Places<T> places;
-            segment.load(x, start, a.vocab);
+            segment.template load<!(Statistics && Counting && sizeof(T) == 4)>(x, start, a.vocab);
             if constexpr (Counting) {
                 if (count) place_segment(segment, length, bins, count, lowest, places);
             }
             if (!Statistics && !masses) continue;
 
             float own_top;
-            double sum;
-            SegmentHead head = {};
-            const float top = find_top(segment, memory.reduce, own_top, sum);
+            const float top = find_top<Statistics>(segment, length, memory.reduce, own_top);
             find_argmax(segment, top, own_top, memory.reduce);
-            if (first_chunk) {
-                if constexpr (Statistics) find_spread(segment, length, sum, memory.reduce, head);
-                else find_kind(segment, sum, memory.reduce, head);
-                write_head<T>(a, row, s, top, head, memory.reduce);
-            }
+            SegmentHead* head = a.partial.head(row, s);
+            if (first_chunk && warp_index() == 0) write_head<Statistics>(head, top, memory.reduce);
             if (Counting && count)
                 sum_segment<Statistics, true>(a, row, s, segment, top, first_chunk, places, bins, count, position,
                                               memory.reduce, memory.scan);
             else
                 sum_segment<Statistics, false>(a, row, s, segment, top, first_chunk, places, bins, count, position,
                                                memory.reduce, memory.scan);
+            if (first_chunk && threadIdx.x == 0)
+                head->argmax = memory.reduce.argmax < kSegmentLength<T> ? memory.reduce.argmax : -1;
         }
         if constexpr (Counting) {
             gather_copies(bins.counts, count, bins.copies);

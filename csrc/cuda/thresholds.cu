@@ -9,7 +9,8 @@
 namespace fastcalib::cuda {
 namespace {
 
-constexpr uint32_t kNoKey = 0xffffffffu;  // sorts last; no number has these bits
+constexpr uint32_t kNoKey = 0xffffffffu;    // sorts last; no number has these bits
+constexpr uint32_t kFirstNoKey = 0xff800001u;  // nor any from here on: +inf is the one before
 
 // Monotone in v; -0 and +0 as one.
 __device__ __forceinline__ uint32_t sortable(float v) {
@@ -68,7 +69,9 @@ template <int Threads, int Items> struct SortMemory {
     int known;
 };
 
-// Up to Threads * Items thresholds: a block's radix sort, then a binary search for each.
+// Up to Threads * Items thresholds: a block's radix sort, then a binary search for each. Where a threshold has no key its
+// Place, a small negative number, stands for one: it sorts last too. A thread's thresholds wait for the end of the sort where
+// their places will be written: in registers, beside those of the sort, there is no room for them.
 template <int Threads, int Items> __global__ void __launch_bounds__(Threads)
     sort_in_block(const RanksArgs a, const Partial partial, int capacity) {
     extern __shared__ __align__(16) unsigned char dynamic[];
@@ -78,14 +81,18 @@ template <int Threads, int Items> __global__ void __launch_bounds__(Threads)
     const int count = int(max(int64_t(0), min(a.selected.end(row) - begin, int64_t(capacity))));
     if (count == 0) return;
     if (threadIdx.x == 0) memory.known = 0;
-    uint32_t own[Items], keys[Items];
-    int places[Items], known = 0;
+    uint32_t keys[Items];
+    int known = 0;
 #pragma unroll
     for (int u = 0; u < Items; ++u) {
         const int i = u * Threads + int(threadIdx.x);
-        places[u] = kIgnoredPlace;
-        own[u] = keys[u] = i < count ? key_of(a, row, begin + i, places[u]) : kNoKey;
-        known += own[u] != kNoKey;
+        keys[u] = kNoKey;
+        if (i >= count) continue;
+        int place;
+        keys[u] = key_of(a, row, begin + i, place);
+        if (place < 0) keys[u] = uint32_t(place);
+        else ++known;
+        partial.place[begin + i] = int(keys[u]);
     }
     typename SortMemory<Threads, Items>::Sort(memory.sort).Sort(keys);
     __syncthreads();
@@ -94,22 +101,18 @@ template <int Threads, int Items> __global__ void __launch_bounds__(Threads)
     atomicAdd(&memory.known, known);
     __syncthreads();
     known = memory.known;
-#pragma unroll
-    for (int u = 0; u < Items; ++u) {
-        const int i = u * Threads + int(threadIdx.x);
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < count; i += Threads) {
         if (i < known) partial.keys[begin + i] = unsortable(memory.keys[i]);
-        if (i >= count) continue;
-        int at = places[u];
-        if (at >= 0) {
-            at = 0;
-            for (int left = known; left > 1;) {
-                const int half = left / 2;
-                at += memory.keys[at + half - 1] < own[u] ? half : 0;
-                left -= half;
-            }
-            at += int(chunk) * capacity + (memory.keys[at] < own[u] ? 1 : 0);
+        const uint32_t own = uint32_t(partial.place[begin + i]);
+        if (own >= kFirstNoKey) continue;  // its place it is
+        int at = 0;
+        for (int left = known; left > 1;) {
+            const int half = left / 2;
+            at += memory.keys[at + half - 1] < own ? half : 0;
+            left -= half;
         }
-        partial.place[begin + i] = at;
+        partial.place[begin + i] = int(chunk) * capacity + at + (memory.keys[at] < own ? 1 : 0);
     }
     if (threadIdx.x == 0) *partial.limit(row, chunk) = known;
 }
@@ -151,7 +154,7 @@ ThresholdPlan plan_thresholds(int64_t rows, int64_t selected, bool ragged, bool 
 int launch_thresholds(const RanksArgs& args, const Partial& partial, const ThresholdPlan& plan, Stream stream) {
     if (args.logits.rows == 0 || partial.nnz == 0) return 0;
     if (plan.chunks > 65535 || args.logits.rows > 0x7fffffff) return int(cudaErrorInvalidConfiguration);
-    if (plan.capacity > 4096) return launch_sort<1024, 16>(args, partial, plan, stream);
+    if (plan.capacity > 4096) return launch_sort<512, 32>(args, partial, plan, stream);
     if (plan.capacity > 512) return launch_sort<256, 16>(args, partial, plan, stream);
     if (plan.capacity > 32) return launch_sort<128, 4>(args, partial, plan, stream);
     const dim3 grid(unsigned(divide_up(args.logits.rows * 32, 128)), unsigned(plan.chunks));
