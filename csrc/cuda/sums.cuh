@@ -92,8 +92,8 @@ template <class Real, class T> __device__ __forceinline__ double2 about(const Se
     return make_double2(double(sum), double(square));
 }
 
-// A warp's spread by one or two more looks at its registers: some logits are not finite or missing, far from 0 for their
-// spread, or their squares overflow. Squares are taken about the mean, and again in double where float32 overflows.
+// A warp's spread by one or two more looks at its registers: some logits are not finite or missing, far from 0 for
+// their spread, or their squares overflow. Squares are taken about the mean, in double where float32 overflows.
 template <bool Spread, class T>
 __device__ __forceinline__ WarpSpread careful_spread(const Segment<T>& segment, int length) {
     float partial = 0;  // scaled, so that no sum of 64 finite numbers overflows
@@ -115,7 +115,8 @@ __device__ __forceinline__ WarpSpread careful_spread(const Segment<T>& segment, 
     if (__any_sync(kAllLanes, masked)) out.flags |= kHasMasked;
     out.n = int(__reduce_add_sync(kAllLanes, unsigned(finite)));
     if (out.n == 0) return out;
-    const double n = double(out.n), mean = warp_sum(double(partial) * 256.0) * reciprocal(out.n), near = double(float(mean));
+    const double n = double(out.n), mean = warp_sum(double(partial) * 256.0) * reciprocal(out.n);
+    const double near = double(float(mean));
     double2 own = about(segment, float(mean)), of = warp_sum_of_two(own.x, own.y);
     out.sum = n * near + of.x;  // the mean was rounded, and of sums that were
     out.excess = n * of.y - of.x * of.x;
@@ -127,11 +128,11 @@ __device__ __forceinline__ WarpSpread careful_spread(const Segment<T>& segment, 
     return out;
 }
 
-// Maximum of the segment of `length` columns, in every thread; NaN takes no part. On the way each warp leaves its spread,
-// or without Spread just the flag of NaN and +inf. Ends with a barrier.
+// Maximum of the segment of `length` columns, in every thread; NaN takes no part. On the way each warp leaves its
+// spread, or without Spread just the flag of NaN and +inf. Ends with a barrier.
 //
-// Squares are summed as they are: of finite logits whose mean is within 5 of their standard deviations from 0 that costs
-// at most a factor of 32 in rounding, of a sum in chains of 32 terms. Other warps take the careful way.
+// Squares are summed as they are: of finite logits whose mean is within 5 standard deviations of 0 that costs at most
+// a factor of 32 in rounding, of a sum in chains of 32 terms. Other warps take the careful way.
 template <bool Spread, class T> __device__ __forceinline__ float find_top(const Segment<T>& segment, int length,
                                                                           ReduceMemory& memory, float& own_top) {
     constexpr int kPer = kPerVector<T>;

@@ -67,8 +67,7 @@ __device__ __forceinline__ void write_head(SegmentHead* out, float top, const Re
     if (threadIdx.x == 0) *out = head;
 }
 
-// Two or three blocks to a multiprocessor, whichever leaves registers enough: 64 or 96 KiB of logits in flight.
-template <class T, bool Statistics, bool Counting> __global__ void __launch_bounds__(kThreads, Counting || sizeof(T) == 2 ? 2 : 3)
+template <class T, bool Statistics, bool Counting> __global__ void __launch_bounds__(kThreads, Counting ? 2 : 3)
     sweep_kernel(const SweepArgs a) {
     extern __shared__ uint32_t dynamic[];
     __shared__ SweepMemory memory;
@@ -101,16 +100,19 @@ template <class T, bool Statistics, bool Counting> __global__ void __launch_boun
         ++chunk;
         if (!Statistics && count == 0 && !masses) continue;  // every token ignored: nothing to read
 
-        for (int s = first; s < last; ++s) {
+        const auto sweep = [&](int s) {
+            const T* here = x;
+            if constexpr (!Statistics) asm volatile("" : "+l"(here));  // no addresses made beforehand: no spills
             const int64_t start = int64_t(s) * kSegmentLength<T>;
             const int length = int(min(int64_t(kSegmentLength<T>), a.vocab - start));
             Segment<T> segment;
             Places<T> places;
-            segment.template load<!(Statistics && Counting && sizeof(T) == 4)>(x, start, a.vocab);
+            constexpr bool kOneAddress = !(Statistics && Counting && sizeof(T) == 4);
+            segment.template load<kOneAddress>(here, start, a.vocab);
             if constexpr (Counting) {
                 if (count) place_segment(segment, length, bins, count, lowest, places);
             }
-            if (!Statistics && !masses) continue;
+            if (!Statistics && !masses) return;
 
             float own_top;
             const float top = find_top<Statistics>(segment, length, memory.reduce, own_top);
@@ -125,6 +127,12 @@ template <class T, bool Statistics, bool Counting> __global__ void __launch_boun
                                                memory.reduce, memory.scan);
             if (first_chunk && threadIdx.x == 0)
                 head->argmax = memory.reduce.argmax < kSegmentLength<T> ? memory.reduce.argmax : -1;
+        };
+        if constexpr (Statistics && Counting) {
+            sweep(first);
+        } else {  // also where there is one segment: as a loop it takes fewer registers
+#pragma unroll 1
+            for (int s = first; s < last; ++s) sweep(s);
         }
         if constexpr (Counting) {
             gather_copies(bins.counts, count, bins.copies);

@@ -69,9 +69,9 @@ template <int Threads, int Items> struct SortMemory {
     int known;
 };
 
-// Up to Threads * Items thresholds: a block's radix sort, then a binary search for each. Where a threshold has no key its
-// Place, a small negative number, stands for one: it sorts last too. A thread's thresholds wait for the end of the sort where
-// their places will be written: in registers, beside those of the sort, there is no room for them.
+// Up to Threads * Items thresholds: a block's radix sort, then a binary search for each. Where a threshold has no key
+// its Place, a small negative number, stands for one: it sorts last too. A thread's thresholds wait for the end of the
+// sort where their places will be written: beside the registers of the sort there is no room for them.
 template <int Threads, int Items> __global__ void __launch_bounds__(Threads)
     sort_in_block(const RanksArgs a, const Partial partial, int capacity) {
     extern __shared__ __align__(16) unsigned char dynamic[];
