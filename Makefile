@@ -36,8 +36,10 @@ CUDA_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm=
 demo: $(VENV)/.demo $(VENV)/.extension
 	$(BIN)/python -m fastcalib demo $(ARGS)
 
+# WORKERS processes share the tests; 0: one process, in order.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)))
 test: $(VENV)/.all $(VENV)/.extension
-	$(BIN)/pytest --doctest-modules tests fastcalib $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadscope --doctest-modules tests fastcalib $(ARGS)
 
 # GPU kernels on an emulated GPU, at length: what is marked, and the CPU's own grid on the Triton kernels. Those in CUDA C++
 # need an nvcc (build-cuda brings one).

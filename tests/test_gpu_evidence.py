@@ -196,8 +196,8 @@ def check_compiled(kernels: list[aot.Kernel]) -> None:
         if k.vocab % 8 == 0:
             assert code_pages.loads_of_main_loop(k).get("128", 0) > 0, what
         if (each := code_pages.per_logit(k)) is not None and k.dtype != "float32":
-            # one each, and one to move 32 sums to a new maximum
-            assert each[0] <= 1 + 1 / 32, what
+            # one each, and one to move 32 sums to a new maximum; the fused loss looks twice, and moves two more sums
+            assert each[0] <= (2 + 3 / 32 if k.kernel.startswith("fused_rows") else 1 + 1 / 32), what
 
 
 def test_kernels_compile_without_spills_and_load_128_bits_at_a_time():
@@ -231,11 +231,11 @@ def test_cuda_kernels_load_128_bits_at_a_time_and_hardly_spill(target):
     assert len(kernels) > 15
     for k in kernels:
         what = f"{k.kernel}, {k.target}: {k}"
-        # More than 4,096 thresholds are sorted by 1,024 threads of 64 registers, and CUB needs more; elsewhere a few
-        # registers are put away outside of the loops over logits.
-        assert k.code.spills <= (500 if "1024" in k.kernel else 12), what
+        # 80 registers, three blocks a multiprocessor: a few are put away outside of the loop over logits.
+        assert k.code.spills <= (16 if "write_gradient" in k.kernel else 0), what
         if "sweep_kernel" in k.kernel or "write_gradient" in k.kernel:
-            assert k.registers <= 128 and k.loop is not None and k.loop.loads["128"] >= 16, what
+            # statistics take one segment a block: those loads stand in no loop
+            assert k.registers <= 128 and k.code.loads.get("128", 0) >= 16, what
 
 
 @pytest.mark.prove

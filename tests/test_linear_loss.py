@@ -398,4 +398,5 @@ def test_mistakes(given: dict, error: type, words: str) -> None:
 
 
 def test_every_loss_is_in_the_cases() -> None:
-    assert {c.name for c in CASES} == {n for n in losses.__all__ if n.islower()} and case_id(CASES[0]) == "nll"
+    # pr compares two distributions, not one with a target
+    assert {c.name for c in CASES} == {n for n in losses.__all__ if n.islower()} - {"pr"} and case_id(CASES[0]) == "nll"

@@ -4,7 +4,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "../row_state.h"
+
 template class std::vector<double>;
 template class std::vector<int64_t>;
 template class std::vector<uint16_t>;
+template class std::vector<fastcalib::Sums>;
 template const double* std::min_element<const double*>(const double*, const double*);
