@@ -160,8 +160,7 @@ def compiled_cuda(kernels: Sequence[CudaKernel]) -> str:
         f"whole kernel at sm_90 (widths in bits). {sum(bool(k.code.spills) for k in kernels)} of {len(kernels)} spill."
         "\n\n"
         + table(["kernel", *targets, "loads at sm_90"], lines)
-        + "\n\nThe 16- and 32-bit loads are heads and tails of rows; `sort_in_block<1024, 16>` sorts more than 4,096 "
-        "thresholds of a row and is held to 64 registers by its 1,024 threads."
+        + "\n\nThe 16- and 32-bit loads are heads and tails of rows."
     )
 
 
