@@ -13,7 +13,6 @@ namespace fastcalib::FASTCALIB_ISA {
 // A block this many powers of two above the running maximum is summed again. Moving sums down cancels: an element at the old
 // maximum weighs 2^-d beside the new one, and the error of s2 is that of the new one's d^2, so it grows as 2^d.
 constexpr double kFarAbove = 3.0;
-constexpr double kCold = 5.0;  // log2(e)/T
 
 template <class S, class T> FC_INLINE typename S::real max_of(const T* x, int64_t n) {
     typename S::vec top = S::set(-typename S::real(INFINITY));
@@ -279,9 +278,7 @@ FASTCALIB_ONE_BODY void accumulate_each(const T* x, int64_t n, Scratch<S>& scrat
         for (; k_count == 1 && start + block <= n; start += block) {
             const T* from = x + start;
             if (argmax < 0) {
-                // At a cold temperature nearly every new maximum is far above the last: looking further ahead costs less.
-                const int64_t ahead = c > kCold ? std::min<int64_t>(6, (n - start) / block) : 1;
-                const real first = max_of<S>(from, ahead * block);
+                const real first = max_of<S>(from, block);
                 if (first == -real(INFINITY)) {
                     nothing_in(from, block);
                     continue;
