@@ -17,7 +17,8 @@ constexpr int64_t kDistinct = 1024;     // values handled at a time at most
 constexpr int64_t kKeyGroup = 32;       // keys looked at together
 static_assert(kSegment <= 65535, "a count must fit 16 bits");
 
-// Counts of one segment, all zero between two of them. Two copies, since neighbours often are the same (-inf above all).
+// Counts of one segment. Those that are read are 0 again afterwards; those of NaN and +inf are never read, and stay. Two copies,
+// since neighbours often are the same (-inf above all).
 struct Counts {
     std::vector<uint16_t> even, odd;
     alignas(64) uint16_t keys[kDistinct + kKeyGroup];  // those of a chunk
