@@ -24,7 +24,7 @@ from rich.markdown import Markdown
 from rich.progress import track
 from torch import Tensor
 
-from fastcalib.demo.store import whole_file
+from fastcalib.storage import whole_file
 
 SUPPORT, VOCABULARY, TAIL = 50, 1000, 0.2
 OVERCONFIDENT = 1.5  # the head of the second model is P^1.5: without its tail, T = 1.5 would put it right

@@ -22,9 +22,9 @@ from fastcalib import cli
 from fastcalib.demo import DemoError, DemoOptions, cost, errors, run_demo
 from fastcalib.demo import model as demo_model
 from fastcalib.demo.model import LanguageModel
-from fastcalib.demo.store import Record, Store, whole_file
 from fastcalib.demo.text import cut, default_text
 from fastcalib.demo.valid import Task, encode, measure, summarise, tasks
+from fastcalib.storage import Record, Store, whole_file
 
 VOCAB = 60  # of the tokenizer; the model's logits are padded to 64
 TEXT = "the quick brown fox jumps over the lazy dog, again and again. " * 12

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from fastcalib.demo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE
-from fastcalib.demo.store import whole_file
+from fastcalib.storage import whole_file
 
 from .report import LEVEL
 

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastcalib.demo.store import whole_file
+from fastcalib.storage import whole_file
 
 from . import exact
 

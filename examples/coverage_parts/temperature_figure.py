@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from fastcalib.demo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, STYLE
-from fastcalib.demo.store import whole_file
+from fastcalib.storage import whole_file
 
 DRAWN_WITH_CURVE = {
     "nll": "black", "tailr": BLUE, "trunc 0.4": ORANGE, "c_div 0.5": GREEN, "c_div 2": PURPLE, "trunc_r 0.4": SKY,

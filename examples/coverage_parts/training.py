@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcalib.demo.store import fingerprint, whole_file
 from fastcalib.losses import NLLLoss, TokenLoss
+from fastcalib.storage import fingerprint, whole_file
 
 from . import exact
 from .losses import LOSSES

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fastcalib.calibration import CalibrationState
 
-from .store import whole_file
+from ..storage import whole_file
 from .tokens import TokenResult
 
 N_BINS = 15

@@ -15,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastcalib
 from fastcalib.backends import resolve
 
+from ..storage import Record, Store, fingerprint
 from . import cost, tokens, valid
 from .errors import DemoError, require
 from .model import LanguageModel, ModelSource, load, locate
 from .report import show, token_report, write_json, write_tables
-from .store import Record, Store, fingerprint
 from .text import Windows, cut, read_text, tokenise
 
 

@@ -1,0 +1,1 @@
+"""What ``fastcalib report`` does: one self-contained page from the tables of :mod:`fastcalib.runner.tables`."""

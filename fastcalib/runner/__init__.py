@@ -1,0 +1,1 @@
+"""What ``fastcalib diagnose`` and ``fastcalib score`` do: a model, a task with known answers, and tables on disk."""
