@@ -37,9 +37,10 @@ def check_texts(texts: Iterable[str], prompt: str, tokenisations: str, shared: s
     ):
         if value not in known:
             raise ValueError(f'from_texts: {name} must be "{known[0]}" or "{known[1]}", got {value!r}')
-    if isinstance(texts, str) or not isinstance(prompt, str):
-        wrong = ("texts must be a list of strings", texts) if isinstance(texts, str) else ("prompt: a string", prompt)
-        raise TypeError(f"from_texts: {wrong[0]}, got {wrong[1]!r:.60}")
+    if isinstance(texts, str):
+        raise TypeError(f"from_texts: texts must be a list of strings, got {texts!r:.60}")
+    if not isinstance(prompt, str):
+        raise TypeError(f"from_texts: prompt must be a string, got {prompt!r:.60}")
     texts = list(texts)
     for which, text in enumerate(texts):
         if not isinstance(text, str):
