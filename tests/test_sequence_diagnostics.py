@@ -133,7 +133,9 @@ def test_renormalising_over_the_valid_tokens_is_wrong():
     result = sequence(trie, p.log())
     close(result.validity, 0.55)
     close(result.diversity, exp_entropy([0.025, 0.025, 0.5]) / 3)
-    first = p / torch.tensor([1, 1, 1, 0.1, 0.1, 1.0], dtype=torch.float64)  # over the valid tokens of each prefix alone: 1/4, 1/4, 1/2
+    first = p / torch.tensor(
+        [1, 1, 1, 0.1, 0.1, 1.0], dtype=torch.float64
+    )  # over the valid tokens of each prefix alone: 1/4, 1/4, 1/2
     wrong = sequence(trie, first.log())
     close(wrong.validity, 1.0)
     assert wrong.diversity > result.diversity + 0.3

@@ -104,8 +104,8 @@ def truncated_log_prob(trie: AnswerTrie, log_prob: Tensor, keeps: Tensor, kept_m
         trie: the answers.
         log_prob: (nodes, ...), of the model; axes that only the rule has may be missing at the end.
         keeps: bool (nodes, ...), is the token of the node kept at its parent?
-        kept_mass: (nodes, ...), at a prefix the probability of all tokens that the rule keeps, valid or not. Where it is
-            0, no token comes.
+        kept_mass: (nodes, ...), at a prefix the probability of all tokens that the rule keeps, valid or not. Where it
+            is 0, no token comes.
 
     Returns:
         float64 (nodes, ...), 0 at the root.
