@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._ragged import as_tensor, from_arrow, ragged
+from ._ragged import as_tensor, from_arrow, from_sequences, ragged
 
 
 def _describe(value: object) -> str:
@@ -164,16 +163,8 @@ class ValidSets:
             >>> ValidSets.from_lists([[5], [2, 4]]).offsets.tolist()
             [0, 1, 3]
         """
-        rows = []
-        for row, ids in enumerate(sets):
-            try:
-                rows.append([*map(operator.index, ids)])  # not int(), which would round 1.5 and read "1"
-            except TypeError:
-                raise TypeError(
-                    f"from_lists: set {row} must be a sequence of integers (token ids), got {ids!r:.60}"
-                ) from None
-        sizes = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int64)
-        return cls(torch.tensor([v for r in rows for v in r], dtype=torch.int64), sizes.cumsum(0))
+        values, offsets = from_sequences(sets, "from_lists", "set")
+        return cls(as_tensor(values), as_tensor(offsets))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> ValidSets:
