@@ -5,6 +5,7 @@ const Chart = (() => {
   const {
     svg,
     textWidth,
+    cut,
     niceTicks,
     logTicks,
     scaleOf,
@@ -161,7 +162,12 @@ const Chart = (() => {
             group,
           );
       } else if (mark.kind === "text") {
-        svg("text", { x: left + 2, y: y.place(mark.y), class: "lane", style: `fill:${colour}` }, group, mark.text);
+        svg(
+          "text",
+          { x: left + 2, y: y.place(mark.y), class: "lane", style: `fill:${colour}` },
+          group,
+          cut(mark.text, frame.right - left - 4, 13.5),
+        );
       } else if (mark.kind === "line") {
         crossed.push(...along(mark.points.map(at)));
         svg(

@@ -16,6 +16,14 @@ const Parts = (() => {
     return pen.measureText(text).width;
   }
 
+  // A name cut to a width.
+  function cut(text, width, size = 12) {
+    if (textWidth(text, size) <= width) return text;
+    let kept = [...text];
+    while (kept.length > 1 && textWidth(`${kept.join("")}…`, size) > width) kept = kept.slice(0, -1);
+    return `${kept.join("")}…`;
+  }
+
   function niceTicks(min, max, count) {
     const rough = (max - min) / Math.max(count, 1);
     const power = 10 ** Math.floor(Math.log10(rough));
@@ -151,6 +159,7 @@ const Parts = (() => {
   return {
     svg,
     textWidth,
+    cut,
     niceTicks,
     logTicks,
     scaleOf,
