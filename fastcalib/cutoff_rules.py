@@ -22,10 +22,10 @@ class Rule:
     @property
     def value(self) -> float:
         """Its one number; 0 where it has none."""
-        return 0.0
+        return float(*vars(self).values())
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.name}={self.value!r}" if vars(self) else self.name
 
 
 def _check(rule: Rule, value: float, good: bool, allowed: str) -> None:
@@ -43,10 +43,6 @@ class TopK(Rule):
     def __post_init__(self) -> None:
         _check(self, self.k, isinstance(self.k, int) and self.k >= 1, "a positive int")
 
-    @property
-    def value(self) -> float:
-        return float(self.k)
-
     def __str__(self) -> str:
         return f"{self.name}={self.k}"
 
@@ -58,20 +54,12 @@ class _OfP(Rule):
     def __post_init__(self) -> None:
         _check(self, self.p, isinstance(self.p, (int, float)) and 0 <= self.p <= 1, "a number in [0, 1]")
 
-    @property
-    def value(self) -> float:
-        return float(self.p)
-
-    def __str__(self) -> str:
-        return f"{self.name}={float(self.p)!r}"
-
 
 @dataclass(frozen=True)
 class TopP(_OfP):
     """Tokens with less than probability p strictly above them: the nucleus, ties with its last token included."""
 
     name, code = "top_p", Code.TOP_P
-    __str__ = _OfP.__str__
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,6 @@ class MinP(_OfP):
     """Tokens with at least p times the probability of the most likely one."""
 
     name, code = "min_p", Code.MIN_P
-    __str__ = _OfP.__str__
 
 
 @dataclass(frozen=True)
@@ -90,20 +77,12 @@ class _OfEpsilon(Rule):
         e = self.epsilon
         _check(self, e, isinstance(e, (int, float)) and 0 < e < 1, "a number in (0, 1)")
 
-    @property
-    def value(self) -> float:
-        return float(self.epsilon)
-
-    def __str__(self) -> str:
-        return f"{self.name}={float(self.epsilon)!r}"
-
 
 @dataclass(frozen=True)
 class Epsilon(_OfEpsilon):
     """Tokens with at least probability epsilon."""
 
     name, code = "epsilon", Code.EPSILON
-    __str__ = _OfEpsilon.__str__
 
 
 @dataclass(frozen=True)
@@ -111,7 +90,6 @@ class Eta(_OfEpsilon):
     """Tokens with at least probability min(epsilon, sqrt(epsilon) exp(-entropy))."""
 
     name, code = "eta", Code.ETA
-    __str__ = _OfEpsilon.__str__
 
 
 @dataclass(frozen=True)
@@ -125,20 +103,12 @@ class TopNSigma(Rule):
         good = isinstance(self.n, (int, float)) and self.n >= 0 and math.isfinite(self.n)
         _check(self, self.n, good, "a finite number >= 0")
 
-    @property
-    def value(self) -> float:
-        return float(self.n)
-
-    def __str__(self) -> str:
-        return f"{self.name}={float(self.n)!r}"
-
 
 @dataclass(frozen=True)
 class SizeOracle(Rule):
     """As many tokens as the row has valid ones (at least 1), ties with the last included: top-k told the right k."""
 
     name, code = "size_oracle", Code.SIZE_ORACLE
-    __str__ = Rule.__str__
 
 
 @dataclass(frozen=True)
@@ -146,7 +116,6 @@ class KeepAll(Rule):
     """Every token: plain sampling. Its threshold is -inf."""
 
     name, code = "none", Code.NONE
-    __str__ = Rule.__str__
 
 
 _NUMBERED: dict[str, Callable[[str], Rule]] = {

@@ -144,9 +144,8 @@ def cutoffs(
         TypeError, ValueError: for arguments of the wrong kind, shape or range; the message names argument and value.
 
     Source: the rules as in transformers (code); the figures of merit as Definition 4.1 of Banayeeanzade et al. 2026
-        (arXiv
-    2605.11128). On the C++ and eager backends a rule's set is exact in float64; elsewhere masses are float32 sums, and
-    top-p, epsilon and eta may decide otherwise within about 1e-6 of their border.
+    (arXiv 2605.11128). On the C++ and eager backends a rule's set is exact in float64; elsewhere masses are float32
+    sums, and top-p, epsilon and eta may decide otherwise within about 1e-6 of their border.
 
     Example:
         >>> import torch, fastcalib
