@@ -6,6 +6,7 @@ subtracted would lose what a large set before it leaves no digits for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,10 +14,25 @@ from torch import Tensor
 
 
 def reduce(values: Tensor, offsets: Tensor, how: str = "sum") -> Tensor:
-    """Sum or maximum (at least 0) of each set: values (nnz,), offsets (N + 1,) -> (N,) float64; 0 for an empty set."""
-    if values.numel() == 0:
-        return torch.zeros(offsets.numel() - 1, dtype=torch.float64, device=values.device)
-    return torch.segment_reduce(values.to(torch.float64), how, offsets=offsets, initial=0.0)
+    """Sum or maximum (at least 0) of each set: (nnz, ...), offsets (N + 1,) -> (N, ...) float64; 0 for an empty set."""
+    if values.shape[0] == 0:
+        return torch.zeros(offsets.numel() - 1, *values.shape[1:], dtype=torch.float64, device=values.device)
+    values = values.to(torch.float64).contiguous()
+    return torch.segment_reduce(values, how, offsets=offsets, axis=0, unsafe=True, initial=0.0)
+
+
+def logsumexp(x: Tensor, lengths: Tensor) -> Tensor:
+    """logsumexp of each set: (nnz, ...), lengths (N,) -> (N, ...); -inf, with gradient 0, for no more than -inf."""
+    lengths = lengths.to(x.device)
+    if x.shape[0] == 0:
+        return x.new_full((lengths.numel(), *x.shape[1:]), -torch.inf)
+    x = x.contiguous()
+    top = torch.segment_reduce(x.detach(), "max", lengths=lengths, axis=0, unsafe=True, initial=-math.inf)
+    top = torch.where(top == -math.inf, 0.0, top)
+    each = torch.repeat_interleave(lengths, output_size=x.shape[0])
+    total = torch.segment_reduce((x - top[each]).exp(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
+    some = total != 0  # log's gradient at 0 is infinite, and 0 * inf would reach every number of the set
+    return torch.where(some, torch.where(some, total, 1.0).log() + top, -math.inf)
 
 
 def running_count(flags: Tensor, offsets: Tensor) -> Tensor:

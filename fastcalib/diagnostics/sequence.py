@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..answer_trie import AnswerTrie
+from . import _segments
 from ._compounding import Compounding, check_rows, compounding
 
 __all__ = [
@@ -167,7 +168,7 @@ def answer_log_probs(trie: AnswerTrie, log_prob: Tensor) -> Tensor:
     _, which, sequences = trie.answer[leaves].unique(return_inverse=True, return_counts=True)
     by_answer = leaves[which.argsort(stable=True)].to(log_prob.device)
     ends = torch.cat(paths)[by_answer]
-    return ends if sequences.numel() == leaves.numel() else _segment_logsumexp(ends, sequences)
+    return ends if sequences.numel() == leaves.numel() else _segments.logsumexp(ends, sequences)
 
 
 def log_valid_mass(trie: AnswerTrie, log_prob: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def log_valid_mass(trie: AnswerTrie, log_prob: Tensor) -> Tensor:
     for depth in range(trie.max_depth - 1, -1, -1):
         children = size[levels[depth] : levels[depth + 1]]
         inner = children > 0
-        mass = _segment_logsumexp(log_prob[levels[depth + 1] : levels[depth + 2]] + below, children[inner])
+        mass = _segments.logsumexp(log_prob[levels[depth + 1] : levels[depth + 2]] + below, children[inner])
         below = torch.zeros_like(log_prob[levels[depth] : levels[depth + 1]])
         below = below.index_copy(0, inner.nonzero()[:, 0].to(mass.device), mass)
         masses.append(below)
@@ -228,21 +229,10 @@ def sequence(trie: AnswerTrie, log_prob: Tensor) -> SequenceDiagnostics:
         '0.7500 1.0000'
     """
     answers = answer_log_probs(trie, log_prob)
-    log_validity = _segment_logsumexp(answers, torch.tensor([answers.shape[0]]))[0]
+    log_validity = _segments.logsumexp(answers, torch.tensor([answers.shape[0]]))[0]
     never = log_validity == -math.inf
     dropped = answers == -math.inf  # not ~isfinite: a NaN has to come through
     share = torch.where(dropped, 0.0, answers) - torch.where(never, 0.0, log_validity)
     entropy = -torch.where(dropped, 0.0, share.exp() * share).sum(0)
     entropy = torch.where(never, math.nan, entropy)
     return SequenceDiagnostics(log_validity.exp(), log_validity, entropy.exp() / answers.shape[0], entropy)
-
-
-def _segment_logsumexp(x: Tensor, lengths: Tensor) -> Tensor:
-    """logsumexp over runs of rows, none empty; -inf with gradient 0 for a run of -inf alone."""
-    lengths = lengths.to(x.device)
-    top = torch.segment_reduce(x.detach(), "max", lengths=lengths, axis=0, unsafe=True)
-    top = torch.where(top == -math.inf, 0.0, top)
-    run = torch.repeat_interleave(lengths, output_size=x.shape[0])
-    total = torch.segment_reduce((x - top[run]).exp(), "sum", lengths=lengths, axis=0, unsafe=True)
-    some = total != 0
-    return torch.where(some, torch.where(some, total, 1.0).log() + top, -math.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..ops._arguments import Temperature, normalise_temperature
 from ..ops.statistics import statistics
 from ..valid_sets import ValidSets
+from . import _segments
 from .diversity import diversity_bound, diversity_loss
 from .head_tail import HeadTailFit, head_tail_fit
 
@@ -104,14 +104,14 @@ def shape(
     undefined = entropy.isnan()
     size = sizes[:, None].double().expand(undefined.shape)
 
-    log_mass = _log_sum_exp(log_p, sets, rows)
+    log_mass = _segments.logsumexp(log_p, sizes)
     log_q = _among_valid(logits, sets, rows, temperatures, log_p, log_mass)
-    kl_valid = _sum(_plogp(w, w.log() - log_q), sets)
+    kl_valid = _segments.reduce(_plogp(w, w.log() - log_q), sets.offsets)
     # 0 * log 0 = 0 for w = 0; a valid token of probability 0 has log_p = -inf and makes kl infinite.
     kl = torch.where(log_mass == -torch.inf, torch.inf, kl_valid - log_mass)
-    evenness = (-_sum(_plogp(log_q.exp(), log_q), sets)).exp() / size
+    evenness = (-_segments.reduce(_plogp(log_q.exp(), log_q), sets.offsets)).exp() / size
     times = size if draws is None else torch.full_like(size, draws)
-    distinct = _sum(_hit(log_p, times[rows]), sets)
+    distinct = _segments.reduce(_hit(log_p, times[rows]), sets.offsets)
 
     empty, massless = size == 0, log_mass == -torch.inf
     nan = torch.nan
@@ -141,7 +141,7 @@ def _target(counts: Tensor | None, sets: ValidSets, rows: Tensor) -> Tensor:
     if not bool((w.isfinite() & (w >= 0)).all()):
         position = int((~(w.isfinite() & (w >= 0))).nonzero()[0])
         raise ValueError(f"shape: counts must be finite and >= 0, got {float(w[position])} at counts[{position}]")
-    total = _sum(w[:, None], sets)[:, 0]
+    total = _segments.reduce(w, sets.offsets)
     if bool(((total == 0) & (sets.counts() > 0)).any()):
         row = int(((total == 0) & (sets.counts() > 0)).nonzero()[0])
         raise ValueError(f"shape: the counts of set {row} add up to 0: at least one valid token needs a count")
@@ -162,7 +162,7 @@ def _among_valid(
         # Not logits.reshape(-1, V)[rows]: that would copy the vocabulary where the rows are strided.
         where = (*(torch.unravel_index(rows, logits.shape[:-1]) if logits.dim() > 1 else ()), sets.values)
         z = logits[where].double()[:, None] / temperatures.expand(len(sets), -1)[rows]
-        norm = _log_sum_exp(z, sets, rows)
+        norm = _segments.logsumexp(z, sets.counts())
         log_q = z - torch.where(norm == -torch.inf, 0.0, norm)[rows]
     if not through.requires_grad:
         return log_q
@@ -178,23 +178,3 @@ def _hit(log_p: Tensor, draws: Tensor) -> Tensor:
     """1 - (1 - p)^K. log1p and expm1 keep the digits of a small p; p = 1 (rounded) is kept off the pole of log1p."""
     p = log_p.exp().clamp(max=1 - 2**-53)
     return -torch.expm1(draws * torch.log1p(-p))
-
-
-def _sum(x: Tensor, sets: ValidSets) -> Tensor:
-    """(nnz, K) -> (N, K). Each set is added up in its own order: the same bits alone or among others."""
-    if x.shape[0] == 0:
-        return x.new_zeros(len(sets), x.shape[1])
-    return torch.segment_reduce(x.contiguous(), "sum", offsets=sets.offsets, axis=0, unsafe=True, initial=0)
-
-
-def _log_sum_exp(x: Tensor, sets: ValidSets, rows: Tensor) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_full((len(sets), x.shape[1]), -torch.inf)
-    with torch.no_grad():
-        top = torch.segment_reduce(
-            x.detach().contiguous(), "max", offsets=sets.offsets, axis=0, unsafe=True, initial=-math.inf
-        )
-        top = torch.where(top.isfinite(), top, 0.0)
-    total = _sum((x - top[rows]).exp(), sets)
-    # log's gradient at 0 is infinite, and 0 * inf would reach every logit of the row
-    return torch.where(total == 0, -torch.inf, torch.where(total == 0, 1.0, total).log() + top)
