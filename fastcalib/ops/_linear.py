@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -224,6 +225,12 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """No autocast on the tensor's device, also where there is none to switch off (meta)."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def check_chunk_size(name: str, chunk_size: int | None, unit: str) -> None:

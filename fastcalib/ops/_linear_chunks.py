@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import extension
 from ..eager.softmax import statistics_dtype
 from ._arguments import DTYPE_CODE, Index
-from ._linear import COLUMNS, FORWARD_BYTES, LEAST_COLUMNS, ROW_BYTES, Gradients, Linear, make_linear
+from ._linear import COLUMNS, FORWARD_BYTES, LEAST_COLUMNS, ROW_BYTES, Gradients, Linear, make_linear, without_autocast
 from .statistics import ROW_FIELDS, _allocate, _eager, _pointer, _temperature_gradient, backward_into
 
 # Axis of each packed result along which rows (or selected tokens, in the order of their rows) lie.
@@ -168,7 +168,7 @@ class LinearStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, request: Request
     ) -> tuple[Tensor, ...]:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             layer = make_linear(
                 hidden, weight, bias, request.dtype, request.width, request.scale, request.softcap
             )  # fmt: skip

@@ -20,7 +20,7 @@ from ._arguments import (
     normalise_index,
     normalise_temperature,
 )
-from ._linear import ROW_BYTES, check_chunk_size, check_linear, make_linear
+from ._linear import ROW_BYTES, check_chunk_size, check_linear, make_linear, without_autocast
 from ._linear_chunks import OF_TOKENS, ROW_AXIS, LinearStatistics, Request, cut_index, part_of
 from .ranks import _eager as _eager_ranks
 from .ranks import _normalise_thresholds
@@ -229,7 +229,7 @@ def linear_ranks(
     backend = resolve(backend, hidden.device, stand_in.dtype)
     rows = _rows_to_do(hidden, None if numbers else ids, temperatures, ignore_index)
     used = ids if rows.ids is None else rows.ids
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         layer = make_linear(rows.hidden, weight, bias, stand_in.dtype, width, logit_scale, logit_softcap)
         size = chunk_size or layer.chunk_rows(ROW_BYTES)
         parts = list(layer.row_chunks(size)) or [slice(0, 0)]
