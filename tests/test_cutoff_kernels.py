@@ -58,7 +58,8 @@ def test_vocabularies_of_real_models(cpp_backend, v, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
-@pytest.mark.parametrize("v", [700, 17_000])
+# Not a multiple of 10: a row of denormals is uniform, and p would lie on a border to the last bit.
+@pytest.mark.parametrize("v", [701, 17_003])
 def test_hostile_rows(cpp_backend, v, dtype):
     rows = cases.defined_rows(v, dtype)
     logits = torch.stack(list(rows.values()))
@@ -166,8 +167,8 @@ def test_memory_is_of_the_row_not_of_the_batch():
     """Beyond the results: one row in order and its groups for each thread, about a megabyte at V = 151,936."""
     resource = pytest.importorskip("resource")
     logits = random_logits(4, 151_936).repeat(40, 1)
-    cutoffs(logits[:2], RULES, [1.0])
+    cutoffs(logits[:2], RULES[:16], [1.0])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cutoffs(logits, RULES, [1.0])
+    cutoffs(logits, RULES[:16], [1.0])
     extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert extra < 0.05 * logits.nbytes, f"{extra / 1e6:.1f} MB"
