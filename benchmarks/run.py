@@ -5,6 +5,7 @@
     python benchmarks/run.py --targets        the table of figures to reach, with pass or FAIL
     python benchmarks/run.py --scaling        time and memory against V, N, K and M, with fitted slopes
     python benchmarks/run.py --overhead       microseconds per call on tiny logits
+    python benchmarks/run.py --prefixes 10000 order, cutoffs and shape of so many prefixes of V = 151,936
     python benchmarks/run.py --only 'ranks.*bf16' --json out.json --plot out.png --markdown out.md
     python benchmarks/run.py --device cuda    the rows on a GPU, with the peers that have GPU kernels
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import gpu, gpu_peers, gpu_suite
+from bench import gpu, gpu_peers, gpu_suite, scale
 from bench.cases import QUICK, SHORT, Case, all_cases
 from bench.machine import describe
 from bench.memory import RETAINED_HEAP
@@ -51,6 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--targets", action="store_true", help="only the table of figures to reach")
     add("--scaling", action="store_true", help="only the growth of time and memory")
     add("--overhead", action="store_true", help="only the cost of a call")
+    add("--prefixes", type=int, metavar="N", help="only the diagnostics of N prefixes, beside plain PyTorch on a slice")
     add("--all", action="store_true", help="rows, targets, scaling and overhead")
     add("--only", metavar="REGEX", help="only rows whose name matches, e.g. 'statistics K=1 .*fp32.*fwd$'")
     add("--shapes", type=shapes, default=None, metavar="NxV[,NxV]",
@@ -191,6 +193,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
         print("\n".join(case.name for case in choose(options)))
+        return 0
+    if options.prefixes:
+        torch.set_num_threads(options.threads)
+        for dtype in (torch.float32, torch.bfloat16):
+            print(scale.describe(scale.run(options.prefixes, 151_936, 256, 16, dtype), SHORT[dtype]), flush=True)
         return 0
     if options.retained_child:
         torch.set_num_threads(options.threads)

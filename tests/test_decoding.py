@@ -7,15 +7,19 @@ import torch
 
 from fastcalib import ValidSets
 from fastcalib.decoding import (
+    PAPER_TEMPERATURES,
     Epsilon,
     Eta,
     KeepAll,
     MinP,
+    SizeOracle,
     TopK,
     TopNSigma,
     TopP,
     cutoffs,
     paper_rules,
+    parse_rule,
+    thresholds,
 )
 
 from . import cases, cutoff_reference
@@ -145,3 +149,119 @@ def test_top_n_sigma_by_hand():
     for n, kept in ((0.4, 1), (0.5, 2), (1.6, 2), (1.7, 3), (9.0, 4)):
         assert cutoffs(z, [TopNSigma(n)], 0.3).kept.item() == kept, n
         assert kept == (z >= 5 - n * std).sum()
+
+
+def test_temperature_last(backend):
+    """The rule looks at softmax(z): the same tokens at every T, their masses at T."""
+    logits = random_logits(3, 500)
+    rules = [TopP(0.9), MinP(0.1), Epsilon(0.01), Eta(0.02), TopK(5), KeepAll()]
+    found = cutoffs(logits, rules, COLD_TO_HOT, order="temperature-last", backend=backend)
+    check_rows(logits, rules, COLD_TO_HOT, found, [0] * 3, "last", last=True)
+    assert (found.threshold == found.threshold[:, :1]).all()
+    first = cutoffs(logits, rules, 1.0, backend=backend)
+    assert torch.equal(found.threshold[:, 2], first.threshold) and torch.equal(found.kept_mass[:, 2], first.kept_mass)
+
+
+def test_shapes(backend):
+    logits, rules = random_logits(2, 3, 40), [TopK(3), SizeOracle()]
+    sets = ValidSets.from_lists(cases.random_sets(6, 40, [2, 5]))
+    by_row = torch.rand(2, 3) + 0.5
+    for temperature, axis in ((0.7, ()), ([0.7], (1,)), ([0.5, 2.0], (2,)), (by_row, ())):
+        c = cutoffs(logits, rules, temperature, sets=sets, backend=backend)
+        for name, value in vars(c).items():
+            assert value.shape == ((21,) if name == "keeps" else (2, 3)) + axis + (2,), name
+        for n in range(6):
+            t = temperature if not isinstance(temperature, torch.Tensor) else temperature.flatten()[n].item()
+            alone = cutoffs(logits.flatten(0, 1)[n], rules, t, sets=ValidSets.from_lists([sets.to_lists()[n]]))
+            assert_within(c.kept_mass.flatten(0, 1)[n], alone.kept_mass, 1e-6, "mass")
+    none = cutoffs(logits[:0], rules, [1.0], sets=ValidSets.from_lists([]), backend=backend)
+    assert none.kept.shape == none.precision.shape == (0, 3, 1, 2) and none.keeps.shape == (0, 1, 2)
+    empty = cutoffs(logits, rules, 1.0, sets=ValidSets.from_lists([[]] * 6), backend=backend)
+    assert (empty.precision == 0).all() and empty.recall.isnan().all() and empty.token_recall.isnan().all()
+    assert (empty.kept[..., 1] == 1).all() and (empty.valid_mass == 0).all()
+    assert torch.equal(thresholds(logits, rules, 0.7, sets=sets, backend=backend), cutoffs(
+        logits, rules, 0.7, sets=sets, backend=backend).threshold)  # fmt: skip
+
+
+def test_padded_columns_are_not_kept(backend):
+    logits = torch.cat([random_logits(2, 60), torch.tensor([[INF, 99.0], [NAN, 99.0]])], 1)
+    sets = ValidSets.from_lists([[0, 59], [3]])
+    rules = [KeepAll(), TopK(100), TopP(0.9), TopNSigma(1.0), SizeOracle()]
+    a = cutoffs(logits, rules, [0.7], sets=sets, vocab_size=60, backend=backend)
+    b = cutoffs(logits[:, :60].contiguous(), rules, [0.7], sets=sets, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values()))
+    assert (a.kept[:, 0, :2] == 60).all()
+
+
+def test_size_oracle_is_top_k_told_the_size(backend):
+    logits = (random_logits(5, 90) * 2).round()
+    lists = cases.random_sets(5, 90, [1, 4, 30, 90, 7])
+    told = cutoffs(logits, [SizeOracle()], sets=ValidSets.from_lists(lists), backend=backend)
+    for n, valid in enumerate(lists):
+        assert told.threshold[n, 0] == cutoffs(logits[n], [TopK(len(valid))], backend=backend).threshold[0]
+    assert (told.precision[3] == 1).all() and (told.recall[3] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "rule", [*RULES, TopP(1 / 3), Epsilon(1e-12), TopNSigma(1e-300), SizeOracle(), KeepAll()], ids=str
+)
+def test_names_round_trip(rule):
+    assert parse_rule(str(rule)) == rule and parse_rule(f" {str(rule).replace('=', ' = ')} ") == rule
+
+
+def test_grid_of_the_paper():
+    assert len(paper_rules()) == 17 and len(set(paper_rules())) == 17
+    assert len(PAPER_TEMPERATURES) == 12 and sorted(PAPER_TEMPERATURES) == list(PAPER_TEMPERATURES)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("top_q=3", "top_q=3' is no cutoff rule; there are top_k=NUMBER, .*none"),
+        ("top_k", "no cutoff rule"),
+        ("none=1", "no cutoff rule"),
+        ("", "no cutoff rule"),
+        ("top_k=2.5", "top_k=2.5"),
+        ("top_k=0", "top_k must be a positive int, got 0"),
+        ("top_p=1.5", r"top_p must be a number in \[0, 1\], got 1.5"),
+        ("top_p=nan", "top_p must be"),
+        ("min_p=-0.1", "min_p must be"),
+        ("epsilon=0", "epsilon must be"),
+        ("eta=1", "eta must be"),
+        ("top_n_sigma=inf", "top_n_sigma must be a finite number"),
+    ],
+)
+def test_names_that_are_none(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse_rule(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"rules": TopK(3)}, TypeError, r"put it in a list"),
+        ({"rules": []}, ValueError, "rules is empty"),
+        ({"rules": [KeepAll(), "top_k=3"]}, TypeError, r"rules\[1\] is 'top_k=3'"),
+        ({"rules": [SizeOracle()]}, ValueError, "needs sets"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"temperature": [1.0, NAN]}, ValueError, "temperature must be positive"),
+        ({"order": "first"}, ValueError, "temperature-first"),
+        ({"sets": torch.tensor([0])}, TypeError, "sets must be a ValidSets"),
+        ({"sets": ValidSets.from_lists([[0], [1]])}, ValueError, "sets holds 2 sets for 1 rows"),
+        ({"sets": ValidSets.from_lists([[0, 9]])}, ValueError, "sets: entry 1 of set 0 .* is 9, outside"),
+        ({"counts": torch.ones(1)}, ValueError, "need sets"),
+        ({"sets": ValidSets.from_lists([[0]]), "counts": torch.ones(2)}, ValueError, "counts must have shape"),
+        ({"logits": [1.0]}, TypeError, "logits must be"),
+        ({"vocab_size": 9}, ValueError, "vocab_size must lie"),
+    ],
+)
+def test_errors(backend, change, error, words):
+    arguments = {"logits": torch.zeros(1, 4), "rules": [KeepAll()], "backend": backend} | change
+    with pytest.raises(error, match=words):
+        cutoffs(**arguments)
+
+
+def test_rules_check_their_numbers():
+    for rule, value in ((TopK, 1.0), (TopK, True), (TopP, "0.9"), (MinP, None), (Epsilon, 0.0), (TopNSigma, -1.0)):
+        with pytest.raises(ValueError, match="must be"):
+            rule(value)

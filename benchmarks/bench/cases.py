@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import linear, ours, peers, plain
+from . import diagnostics, linear, ours, peers, plain
 from .problem import ARBITRARY, ARITHMETIC, SHAPES, Outputs, Problem, gradient
 
 Call = Callable[[], Outputs]
@@ -228,6 +228,11 @@ def _linear_loss(problem: Problem) -> Job:
     return Job(factories, lambda: {"grad": layer.gradient64(rows)})
 
 
+def _diagnostics(problem: Problem) -> Job:
+    factories, reference = diagnostics.competitors(problem.logits)
+    return Job(factories, lambda: reference(problem.checked_rows))
+
+
 def temperature_grids() -> dict[str, tuple[float, ...]]:
     """Label -> temperatures of the statistics rows."""
     return {
@@ -280,6 +285,9 @@ def all_cases(shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
                 yield case(f"loss {name}", "fwd", one, 1, partial(loss, backward=False), "losses")
                 formula = f"{three} (2 reads, 1 write)"
                 yield case(f"loss {name}", "fwd+bwd", formula, 3, partial(loss, backward=True), "losses")
+            if (n, v) == shapes[0]:
+                formula = f"1 N V {b} B"
+                yield case("order, cutoffs and shape", "fwd", formula, 1, _diagnostics, "diagnostics")
             if (n, v) == shapes[0]:  # hidden states of D = 4 N; the weight is D V
                 formula = f"4 N V {b} B (1 read of the weight)"
                 yield case("linear statistics", "fwd", formula, 4, _linear_statistics, "linear")

@@ -32,7 +32,7 @@ struct Descending {
     template <class A> bool operator()(const A& a, const A& b) const { return a > b; }
 };
 
-// e^x for x <= 1, to a few units in the last place; 1e-307 stands for everything below.
+// e^x for x <= 1, to a few units in the last place; exactly 0 below 1e-307.
 FC_INLINE double exp_double(double x) {
     double t = x * kLog2e;
     t = t > -1020.0 ? t : -1020.0;
@@ -50,7 +50,8 @@ FC_INLINE double exp_double(double x) {
     p = p * y + 0.5;
     p = p * y + 1.0;
     p = p * y + 1.0;
-    return std::bit_cast<double>((std::bit_cast<uint64_t>(r) << 52) + std::bit_cast<uint64_t>(p));
+    const double e = std::bit_cast<double>((std::bit_cast<uint64_t>(r) << 52) + std::bit_cast<uint64_t>(p));
+    return t > -1020.0 ? e : 0.0;
 }
 
 // e^(b d) summed over logits with the moments m around d = 0.
@@ -112,19 +113,20 @@ template <class Real> struct GroupedRow {
 // Moments of what keep() lets through of a group.
 template <class Real, class Keep>
 FC_INLINE void add_moments(const GroupedRow<Real>& row, int64_t group, const Keep& keep, double* m) {
-    const double c = row.middle[group] + row.max;
+    // First down from the maximum, then from the middle: their sum would be rounded to the maximum where that is large.
+    const double max = row.max, c = row.middle[group];
     const Real* z = row.values.data();
     double m0 = 0, m1 = 0, m2 = 0, m3 = 0, m4 = 0;
     if (row.often.empty()) {
 #pragma omp simd reduction(+ : m0, m1, m2, m3, m4)
         for (int64_t i = row.begin[group]; i < row.begin[group + 1]; ++i) {
-            const double n = keep(z[i]) ? 1.0 : 0.0, d = double(z[i]) - c, nd = n * d, d2 = d * d;
+            const double n = keep(z[i]) ? 1.0 : 0.0, d = double(z[i]) - max - c, nd = n * d, d2 = d * d;
             m0 += n, m1 += nd, m2 += n * d2, m3 += nd * d2, m4 += n * d2 * d2;
         }
     } else {
         const int32_t* often = row.often.data();
         for (int64_t i = row.begin[group]; i < row.begin[group + 1]; ++i) {
-            const double n = keep(z[i]) ? double(often[i]) : 0.0, d = double(z[i]) - c, nd = n * d, d2 = d * d;
+            const double n = keep(z[i]) ? double(often[i]) : 0.0, d = double(z[i]) - max - c, nd = n * d, d2 = d * d;
             m0 += n, m1 += nd, m2 += n * d2, m3 += nd * d2, m4 += n * d2 * d2;
         }
     }
@@ -149,7 +151,7 @@ FC_INLINE void add_direct(const GroupedRow<Real>& row, int64_t group, double bet
     double s0 = 0, s1 = 0;
 #pragma omp simd reduction(+ : s0, s1)
     for (int64_t i = row.begin[group]; i < row.begin[group + 1]; ++i) {
-        const double d = double(z[i]) - max, n = keep(z[i]) ? (once ? 1.0 : double(often[i])) : 0.0;
+        const double below = double(z[i]) - max, d = below > -1e300 ? below : -1e300, n = keep(z[i]) ? (once ? 1.0 : double(often[i])) : 0.0;
         const double e = n * exp_double(beta * d);
         s0 += e;
         s1 += e * d;

@@ -4,5 +4,36 @@ Source: Banayeeanzade et al. 2026 (arXiv 2605.11128); the authors published no c
 """
 
 from .order import Order, order, order_from_ranks
+from .sequence import (
+    Compounding,
+    SequenceDiagnostics,
+    answer_log_probs,
+    at_nodes,
+    at_prefixes,
+    compounding,
+    log_valid_mass,
+    sequence,
+    truncated_log_prob,
+)
+from .shape import HeadTailFit, Shape, diversity_bound, diversity_loss, head_tail_fit, shape
 
-__all__ = ["Order", "order", "order_from_ranks"]
+__all__ = [
+    "Compounding",
+    "HeadTailFit",
+    "Order",
+    "SequenceDiagnostics",
+    "Shape",
+    "answer_log_probs",
+    "at_nodes",
+    "at_prefixes",
+    "compounding",
+    "diversity_bound",
+    "diversity_loss",
+    "head_tail_fit",
+    "log_valid_mass",
+    "order",
+    "order_from_ranks",
+    "sequence",
+    "shape",
+    "truncated_log_prob",
+]

@@ -13,6 +13,7 @@ from ..eager.cutoffs import cutoffs as eager_cutoffs
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
 from ._arguments import (
+    BadTokenId,
     Index,
     Temperature,
     check_ids_eager,
@@ -163,7 +164,7 @@ def cutoffs(
     if sets is not None:
         ids = normalise_index(sets, logits, "sets")
         sizes = sets.counts().clamp(min=1)
-        check_ids_eager(ids, width, -1)
+        _check_ids(ids, width)
     if backend == "eager":
         found = eager_cutoffs(rows, rules, temperatures, sizes, last)
     else:
@@ -211,6 +212,13 @@ def _with_sets(
     total = torch.zeros(n_rows, dtype=torch.float64, device=rows.device).index_add_(0, row_of, weights)
     mass = torch.where(defined, valid_mass.clamp(max=1.0), torch.nan).to(wide)
     return RowCutoffs(*found, keeps, kept_valid, mass, kept_counts, total)
+
+
+def _check_ids(ids: Index, width: int) -> None:
+    try:
+        check_ids_eager(ids, width, -1)
+    except BadTokenId as error:
+        raise BadTokenId(str(error).replace("index", "sets", 1)) from None
 
 
 def _several(temperature: Temperature, normal: Tensor, logits: Tensor) -> list[float] | Tensor:
