@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -155,6 +156,27 @@ def test_layouts(layout: str, chunk_size: int, backend: str) -> None:
     want = result(losses.nll(base.requires_grad_(), target, backend=backend), base)
     got = result(fused_loss(logits, target, losses.NLLLoss(backend=backend), chunk_size=chunk_size), logits)
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_targets_and_temperatures_that_are_not_adjacent(chunk_size: int | None, backend: str) -> None:
+    """A column of a (N, 4) tensor of ids was read as if its numbers were neighbours: another loss, and no error."""
+    logits, temperature = random_logits(N, V), torch.linspace(0.5, 2, N)
+    apart = torch.randint(V, (N, 4), generator=torch.Generator().manual_seed(0))
+    apart[:, 1], spread = with_ignored(), torch.rand(N, 3) + 0.5
+    spread[:, 2] = temperature
+    weight = torch.eye(V)
+    results = []
+    for target, t in ((apart[:, 1].clone(), temperature), (apart[:, 1], spread[:, 2])):
+        z, h = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        options = {"temperature": t, "chunk_size": chunk_size, "backend": backend}
+        made = result(fused_loss(z, target, losses.NLLLoss(), **options), z)
+        with torch.no_grad():
+            value = fastcalib.linear_loss(h, weight, target, losses.NLLLoss(), **options)
+        results.append(
+            (*made, *result(fastcalib.linear_loss(h, weight, target, losses.NLLLoss(), **options), h), value)
+        )
+    assert_same(*results)
 
 
 def test_vocabulary_padding_and_options_of_the_call_win(backend: str) -> None:
@@ -421,3 +443,27 @@ def test_bad_losses_and_targets() -> None:
     with pytest.raises(ValueError, match=r"loss_fn\.scale requires a gradient"):
         fused_loss(logits, TARGET, Learned())
     fused_loss(logits, TARGET, Learned().requires_grad_(False))
+
+
+FUNCTIONS = {
+    "nll": (losses.nll, losses.NLLLoss()),
+    "partial": (
+        partial(losses.tailr, gamma=0.1, label_smoothing=0.1),
+        losses.TailrLoss(gamma=0.1, label_smoothing=0.1),
+    ),
+    "partial of a partial": (partial(partial(losses.gce, k=0.2), k=0.5), losses.GCELoss(k=0.5)),
+    "two temperatures": (losses.gem, losses.GEMLoss()),
+}
+
+
+@pytest.mark.parametrize("function, module", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_loss_function_serves_as_its_module(function, module):
+    logits = sharp_logits().requires_grad_()
+    value = fused_loss(logits, TARGET, function)
+    assert torch.equal(value, fused_loss(logits, TARGET, module))
+    assert value.item() == pytest.approx(function(logits, TARGET).item(), rel=1e-6)  # chunks sum in another order
+
+
+def test_a_function_that_lacks_its_numbers_says_so():
+    with pytest.raises(TypeError, match="lam"):
+        fused_loss(sharp_logits(), TARGET, losses.lambda_pr)
