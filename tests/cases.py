@@ -12,9 +12,10 @@ import fastcalib
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# One token, two, less than a vector, then vocabularies of Llama-2, GPT-2, Llama-3, Qwen and Gemma.
 # The kernels under test run in an emulator (triton-sm90, carried-sm80): fewer rows, where more only repeat the first.
 EMULATED = "-sm" in os.environ.get("FASTCALIB_TEST_BACKENDS", "")
+
+# One token, two, less than a vector, then vocabularies of Llama-2, GPT-2, Llama-3, Qwen and Gemma.
 VOCABULARIES = (1, 2, 31, 32_000, 50_257, 128_256, 151_936, 262_144)
 # Around a vector block of 64, a cache block of 2,048, a segment of 32,768 (what one thread takes), and two segments.
 BLOCK_EDGES = (63, 64, 65, 127, 2_047, 2_048, 2_049, 32_767, 32_768, 32_769, 65_537)
