@@ -15,6 +15,7 @@ import fastcalib
 from fastcalib import ValidSets, losses
 
 from . import test_registration
+from .gpu_devices import StandIn
 from .gpu_jobs import JOBS, N, every_job
 
 V = 3_001
@@ -91,7 +92,8 @@ def test_opcheck(real_gpu, which):
 
     one = torch.ones(1, 1, dtype=torch.float64, device=device)
     if which == "statistics":
-        for _, args in test_registration.statistics_inputs():
+        cases = [args for _, args in test_registration.statistics_inputs()]
+        for args in cases[2:3] if isinstance(real_gpu, StandIn) else cases:  # test_registration.py has all on a CPU
             opcheck(ops.statistics.default, (*there(args), backend))
     elif which == "ranks":
         ids = real_gpu.ids(40, 6)
