@@ -25,7 +25,7 @@ class TokenisedTexts:
     text: Ints  # of each sequence, the number of its text
 
 
-def check_texts(texts: Iterable[str], prompt: str, tokenisations: str, shared: str) -> list[str]:
+def check_texts(texts: Iterable[str], prompt: str, tokenisations: str, shared: str, *, may_be_empty: bool) -> list[str]:
     """The texts as a list.
 
     Raises:
@@ -45,6 +45,8 @@ def check_texts(texts: Iterable[str], prompt: str, tokenisations: str, shared: s
     for which, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"from_texts: text {which} must be a string, got {text!r:.60}")
+        if not text and not may_be_empty:
+            raise ValueError(f"from_texts: text {which} is empty; leave it out, or give an end_token")
     if not texts:
         raise ValueError("from_texts: there are no texts; a trie needs at least one answer")
     return texts

@@ -266,7 +266,7 @@ class AnswerTrie:
             ValueError: as :meth:`from_token_ids`, no end-of-sequence token, or more than ``max_sequences``.
             TypeError: texts that are no strings.
         """
-        texts = check_texts(texts, prompt, tokenisations, shared)
+        texts = check_texts(texts, prompt, tokenisations, shared, may_be_empty=end_token is not None)
         end = tokenizer.eos_token_id if end_token == "eos" else end_token
         if end is None and end_token is not None:
             raise ValueError("from_texts: the tokenizer has no eos_token_id; give the id as end_token, or None")

@@ -52,8 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, names, indirect=True)
     if "gpu" in metafunc.fixturenames:
-        # FASTCALIB_TEST_GPU=emulated-sm90 (Triton) or emulated-cuda-sm90 runs the bodies that need no real GPU; stand-in
-        # all of them, on the CPU's kernels, which is what test_gpu_device.py has where there is no GPU.
+        # FASTCALIB_TEST_GPU=emulated-sm90 (Triton) or emulated-cuda-sm90 runs the bodies that need no real GPU;
+        # stand-in all of them, on the CPU's kernels, which is what test_gpu_device.py has where there is no GPU.
         live = os.environ.get("FASTCALIB_TEST_GPU", "").split() or gpu_tools.LIVE
         without = "emulated-sm90" if metafunc.function.__name__ in GPU_EMULATED else "none"
         if here == "gpu_device" and CPP_IS_LIVE:

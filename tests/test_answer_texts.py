@@ -205,6 +205,7 @@ def test_too_many_and_unknown_tokenisations():
         (["Texas", 3], {}, TypeError, "text 1 must be a string, got 3"),
         (["Texas"], {"prompt": None}, TypeError, "prompt must be a string, got None"),
         ([], {}, ValueError, "there are no texts"),
+        (["Te", ""], {"prompt": "A: ", "end_token": None}, ValueError, "text 1 is empty.*end_token"),
         (["Texas"], {"tokenisations": "every"}, ValueError, 'tokenisations must be "canonical" or "all"'),
         (["Texas"], {"shared": "both"}, ValueError, 'shared must be "prompt" or "answer"'),
         (["Texas", "Te", "Texas"], {"prompt": "A: "}, ValueError, r"answers 0 and 2 are the same"),
@@ -217,6 +218,8 @@ def test_what_are_no_texts(texts, options, error, words):
 
 def test_texts_that_stand_twice_are_merged_on_demand():
     tokenizer = byte_level()
+    whole = AnswerTrie.from_texts(tokenizer, ["a", "a"], prompt="b", end_token=None, duplicates="merge")
+    assert whole.prompt.tolist() == tokenizer("b")["input_ids"] and len(whole) == 2
     for tokenisations in ("canonical", "all"):
         trie = AnswerTrie.from_texts(
             tokenizer,

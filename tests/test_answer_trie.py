@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcalib import ValidSets
+from fastcalib._ragged import ragged
+from fastcalib._trie_levels import lexicographic_order
 from fastcalib.answer_trie import AnswerTrie
 
 from .trie_reference import END, answer_sets, below, next_tokens, prefixes_of
@@ -86,6 +89,32 @@ def test_words_too_long_for_one_key():
     assert [tuple(trie.prefix(n)) for n in range(len(trie))] == nodes
     leaves = trie.leaves()
     assert [(*answers[i], 50_000) for i in trie.answer[leaves].tolist()] == [nodes[n] for n in leaves.tolist()]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(answer_sets(tokens=3, most=5), st.sampled_from([1, 1 << 25]))
+def test_beginnings_of_others_are_found(answers, spread):
+    """Without an end token the answers must be no beginnings of each other: found, or else the trie is right."""
+    answers = [tuple(t * spread for t in a) for a in answers if a] or [(0,)]
+    if not any(a != b and b[: len(a)] == a for a in answers for b in answers):
+        check_against_dicts(AnswerTrie.from_token_ids(answers), answers)
+        return
+    with pytest.raises(ValueError, match="is the beginning of answer") as refusal:
+        AnswerTrie.from_token_ids(answers)
+    short, long = (answers[int(n)] for n in re.findall(r"answer (\d+),", str(refusal.value)))
+    assert short != long and long[: len(short)] == short
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6])
+def test_a_sequence_comes_before_those_that_it_begins(length):
+    """With 16 bits an id a key holds three: 200 longer sequences, given first, differ only in the key that follows."""
+    others = [[i, 49_999] for i in range(50_000)]
+    long = [[i] * length + [0] for i in range(200)]  # 0 is the least id: its code must not be that of the end
+    answers = [*others, *long, *(a[:-1] for a in long)]
+    order = lexicographic_order(*ragged(answers, what="test", row="answer"))
+    assert order.tolist() == sorted(range(len(answers)), key=answers.__getitem__)
+    with pytest.raises(ValueError, match=r"answer 1, .* is the beginning of answer 0"):
+        AnswerTrie.from_token_ids([[7 << 25, 1 << 25], [7 << 25]])  # ids without a table
 
 
 def test_default_sets_line_up_with_the_nodes():
@@ -194,6 +223,9 @@ def test_merged_duplicates():
     weighted = AnswerTrie.from_token_ids(answers, duplicates="merge", weights=[1, 2, 4, 8, 16, 32])
     assert weighted.count.tolist() == trie.count.tolist()
     assert weighted.weight.tolist() == [63, 10, 53, 37, 16]
+    many = torch.randint(0, 10, (5_000,))  # a sort of thousands does not keep the order of equals
+    trie = AnswerTrie.from_token_ids((many, torch.arange(5_001)), duplicates="merge")
+    assert trie.answer.tolist() == [-1] + [int((many == i).nonzero()[0]) for i in range(10)]
     distinct = AnswerTrie.from_token_ids(ANSWERS, duplicates="merge")
     assert same(distinct, AnswerTrie.from_token_ids(ANSWERS))
 

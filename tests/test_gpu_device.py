@@ -1,7 +1,7 @@
 """What only a device has: streams, graphs, an allocator, several of it, synchronisation. Not yet run on a GPU.
 
-Where there is none, all of it runs on a stand-in made of the CPU's kernels (gpu_devices.py), so that a body that could not
-run, or could not pass, is seen before the day a GPU is there; and what needs no real one also in the emulator, with
+Where there is none, all of it runs on a stand-in made of the CPU's kernels (gpu_devices.py), so that a body that could
+not run, or could not pass, is seen before the day a GPU is there; and what needs no real one also in the emulator, with
 FASTCALIB_TEST_GPU=emulated-sm90.
 """
 

@@ -228,6 +228,11 @@ def test_nan_and_dropped_columns_leave_the_others_alone():
     assert columns.grad[:, [0, 2, 3]].isfinite().all() and columns.grad[4, 3] == 0
 
 
+def test_nan_of_a_single_answer_comes_through():
+    result = sequence(AnswerTrie.from_token_ids([[3]]), torch.tensor([0.0, math.nan]))
+    assert result.validity.isnan() and result.entropy.isnan() and result.diversity.isnan()
+
+
 def test_gradients():
     trie = AnswerTrie.from_token_ids([[5, 1], [5, 2], [7, 1], [8]], answer_index=[0, 1, 1, 2])
     log_prob = (-torch.rand(len(trie), 2, dtype=torch.float64) - 0.1).requires_grad_()

@@ -188,6 +188,7 @@ def test_an_id_twice_is_found_wherever_it_stands(sets, spread):
         ([1, -2], [0, 2], ValueError, r"values\[1\] is -2"),
         ([3, 1, 3], [0, 3], ValueError, "token id 3 stands twice in set 0"),
         ([1, 0, 0], [0, 1, 3], ValueError, "token id 0 stands twice in set 1"),
+        ([1, 5, 5], [0, 1, 3], ValueError, "token id 5 stands twice in set 1"),
         ([[1, 2]], [0, 2], ValueError, r"one dimension.*\(1, 2\)"),
         ([1.0, 2.0], [0, 2], TypeError, "values must be int64 or int32.*float32"),
     ],

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import ranks
 from ..ops._arguments import check_logits
 from ..ops._set_arguments import check_counts, check_sets
+from ..ops.ranks import ranks
 from ..valid_sets import ValidSets
 from . import _segments
 
