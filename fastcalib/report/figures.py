@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from ..storage import whole_file
 from . import prefix_figures
-from .style import GREY, INK, STYLE, colour, facets, name_runs, share_axis
+from .style import GREY, INK, STYLE, colour, facets, log_axis, name_runs, share_axis
 
 Payload = dict[str, Any]
 
@@ -62,12 +62,18 @@ def _floats(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
+def _most(values: Iterable[float | None]) -> float:
+    return max((value for value in values if value is not None), default=1.0)
+
+
 def val_div(payload: Payload) -> Figure:
     """Validity against diversity, a chart for each family of rules; each line is a rule, each dot a temperature."""
     found = _present(payload["sequence"])
     reference = {"no cutoff": ":", "size oracle": "--"}
     families = [f for f in dict.fromkeys(e["family"] for _, entries in found for e in entries) if f not in reference]
-    most = max((d for _, entries in found for e in entries for d in e["diversity"] if d is not None), default=1.0)
+    most, highest = (
+        _most(v for _, entries in found for e in entries for v in e[key]) for key in ("diversity", "validity")
+    )
     figure, axes = facets(families or ["no cutoff and size oracle"])
     for family, ax in zip(families or [None], axes):
         for run, entries in found:
@@ -84,7 +90,7 @@ def val_div(payload: Payload) -> Figure:
                     ax.plot(x, y, color=colour(run), alpha=alpha, marker="o", ms=3)
                     text = f"{entry['parameter']:g}" if entry["parameter"] is not None else entry["label"]
                     ax.annotate(text, (x[-1], y[-1]), (4, 2), textcoords="offset points", fontsize=7, color=colour(run))
-        share_axis(ax, "y")
+        share_axis(ax, "y", highest)
         ax.set_xlim(0, 1.08 * most)
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(xlabel="diversity: share of the answers", ylabel="validity")
@@ -110,7 +116,10 @@ def over_temperature(payload: Payload) -> Figure:
                         ms=3,
                         label=label,
                     )
-        share_axis(ax, "y")
+        lines = [
+            e for _, entries in _present(payload["sequence"]) for e in entries if e["rule"] in ("none", "size_oracle")
+        ]
+        share_axis(ax, "y", _most(v for entry in lines for v in entry[key]))
         ax.set(xlabel="temperature", ylabel=key)
         ax.legend()
     name_runs(figure, payload["runs"])
@@ -178,8 +187,12 @@ def shape(payload: Payload) -> Figure:
             measure, t = found["measures"][key], found["temperatures"]
             ax.fill_between(t, _floats(measure["low"]), _floats(measure["high"]), color=colour(run), alpha=0.13, lw=0)
             ax.plot(t, _floats(measure["mean"]), color=colour(run), marker="o", ms=3)
+        means = [v for _, found in _present(payload["shape"]) for v in found["measures"][key]["mean"] if v]
         if key in ("valid_mass", "evenness", "expected_distinct"):
-            share_axis(ax, "y")
+            share_axis(ax, "y", _most(means))
+        elif means and max(means) > 20 * sorted(means)[len(means) // 2]:
+            log_axis(ax, "y")
+            ax.set_ylim(bottom=min(means) * 0.7)
         else:
             ax.set_ylim(bottom=0)
         ax.set(xlabel="temperature")

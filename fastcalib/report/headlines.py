@@ -14,25 +14,29 @@ RELIABLE = 0.8
 
 def percent(value: float | None, digits: int = 1) -> str:
     """
-    >>> percent(0.123), percent(0.00004), percent(None), percent(1.0)
-    ('12.3%', '< 0.1%', '–', '100%')
+    >>> percent(0.123), percent(0.00004), percent(None), percent(1.0), percent(0.9999)
+    ('12.3%', '< 0.1%', '–', '100%', '> 99.9%')
     """
     if value is None:
         return "–"
     if 0 < value < 0.5 * 10 ** -(digits + 2):
         return f"< {10**-digits:g}%"
+    if 1 - 0.5 * 10 ** -(digits + 2) <= value < 1:
+        return f"> {100 - 10**-digits:g}%"
     return f"{100 * value:.{digits}f}".removesuffix("." + "0" * digits) + "%"
 
 
 def plain(value: float | None) -> str:
     """
-    >>> plain(12345.6), plain(3.14159), plain(0.00123), plain(None), plain(7.0)
-    ('12,346', '3.14', '0.00123', '–', '7')
+    >>> plain(12345.6), plain(3.14159), plain(0.00123), plain(None), plain(7.0), plain(0.9999)
+    ('12,346', '3.14', '0.00123', '–', '7', '> 0.999')
     """
     if value is None:
         return "–"
     if float(value).is_integer() or abs(value) >= 1000:
         return f"{value:,.0f}"
+    if 0.9995 <= value < 1:
+        return "> 0.999"
     return f"{value:.3g}"
 
 

@@ -58,9 +58,13 @@ def facets(titles: Sequence[str], size: tuple[float, float] = (3.9, 3.0)) -> tup
     return figure, axes[: len(titles)]
 
 
-def share_axis(ax: Axes, which: str) -> None:
-    """From 0 to 100%, the same in every chart."""
+def share_axis(ax: Axes, which: str, most: float = 1.0) -> None:
+    """From 0 to 100%, the same in every chart; as far as needed where ``most`` of the values is small."""
     axis = ax.xaxis if which == "x" else ax.yaxis
+    if most <= 0.4:
+        (ax.set_xlim if which == "x" else ax.set_ylim)(0, 1.08 * most or 1)
+        axis.set_major_formatter(PercentFormatter(1))
+        return
     (ax.set_xlim if which == "x" else ax.set_ylim)(-0.02, 1.03)
     axis.set_ticks([0, 0.25, 0.5, 0.75, 1])
     axis.set_major_formatter(PercentFormatter(1, decimals=0))

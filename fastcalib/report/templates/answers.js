@@ -1,6 +1,7 @@
 // Whole answers: validity and diversity, and how losses compound over the tokens.
 (() => {
-  const { data, colour, share, several, shown, prefixed, panel, rulesOf, temperatureOptions, lines, end } = Page;
+  const { data, colour, share, shareUpTo, several, shown, prefixed, panel, rulesOf, temperatureOptions, lines, end } =
+    Page;
   const { number, percent, count } = Chart;
 
   // Validity against diversity, a chart for each family of rules.
@@ -47,6 +48,7 @@
         const values = every.flatMap((entry) => entry.diversity).filter((v) => v > 0);
         const least = Math.min(...values, 1),
           most = Math.max(...values, 0);
+        const up = shareUpTo(every.flatMap((entry) => entry.validity));
         const x = {
           label: "diversity: share of the answers",
           format: percent,
@@ -65,7 +67,7 @@
               label: `Validity against diversity, ${family || "no cutoff"}`,
               inside: true,
               x,
-              y: { ...share, label: "validity" },
+              y: { ...up, label: "validity" },
               marks: runs.flatMap(([run, list]) => {
                 const own = list.filter((entry) => entry.family === family);
                 return list
@@ -118,7 +120,7 @@
           spec: {
             label: `${key} over temperature`,
             x: { label: "temperature", min: 0, max: Math.max(...all, 1) },
-            y: share,
+            y: shareUpTo(runs.flatMap(([, entry]) => entry[key])),
             marks: runs.map(([run, entry]) =>
               lines({
                 name: data.runs[run],

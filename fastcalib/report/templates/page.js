@@ -7,6 +7,14 @@ const Page = (() => {
   const panels = [];
   const colour = (run) => `var(--run-${run % 8})`;
   const share = { min: 0, max: 1, format: percent, ticks: [0, 0.25, 0.5, 0.75, 1] };
+  // Shares stand on one scale, 0 to 100%, unless all of them are so small that nothing could be seen there.
+  const shareUpTo = (values) => {
+    const most = Math.max(...values.filter((v) => v != null), 0);
+    if (most > 0.4 || !most) return share;
+    const power = 10 ** Math.floor(Math.log10(most));
+    const max = [1, 2, 4, 5, 10].map((m) => m * power).find((m) => m >= most);
+    return { min: 0, max, format: percent, ticks: [0, 1, 2, 3, 4].map((k) => (k * max) / 4) };
+  };
   const several = data.runs.length > 1;
 
   function element(tag, attributes = {}, ...children) {
@@ -125,6 +133,7 @@ const Page = (() => {
     data,
     colour,
     share,
+    shareUpTo,
     several,
     hidden,
     element,

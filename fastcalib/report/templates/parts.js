@@ -62,12 +62,14 @@ const Parts = (() => {
     const size = Math.abs(v);
     if (size >= 1e4) return Math.round(v).toLocaleString("en");
     if (size && size < 1e-3) return v.toExponential(1);
+    if (size < 1 && size >= 0.9995) return v > 0 ? "> 0.999" : "< -0.999"; // not quite 1
     return String(+v.toPrecision(3));
   };
   const percent = (v) => {
     if (v == null) return "–";
     const p = 100 * v;
     if (p && Math.abs(p) < 0.01) return `${p.toExponential(1)}%`;
+    if (p < 100 && p >= 99.95) return "> 99.9%";
     return `${+p.toPrecision(Math.abs(p) >= 10 ? 3 : 2)}%`;
   };
   const count = (v) => (v == null ? "–" : Math.round(v).toLocaleString("en"));

@@ -1,6 +1,6 @@
 // Shape over temperature, and reliability on text.
 (() => {
-  const { data, colour, share, several, shown, prefixed, panel, lines, end } = Page;
+  const { data, colour, share, shareUpTo, several, shown, prefixed, panel, lines, end } = Page;
   const { number, percent, count } = Chart;
 
   // Shape over temperature.
@@ -21,26 +21,35 @@
         ],
         ["entropy", "Entropy", "of all next tokens, in nats", number],
       ].map(([key, title, note, format]) => {
+        const means = runs.flatMap(([, s]) => s.measures[key].mean).filter((v) => v > 0);
+        // A distance that is far greater at one temperature than at most hides all others on a linear axis.
+        const middle = [...means].sort((a, b) => a - b)[means.length >> 1];
+        const steep = format === number && Math.max(...means) > 20 * middle;
+        const low = steep ? Math.min(...means) * 0.7 : 0;
         const highs = runs
           .flatMap(([, s]) => [...s.measures[key].high, ...s.measures[key].mean])
           .filter((v) => v != null);
         return {
           title,
-          note,
+          note: steep ? `${note}, logarithmic` : note,
           spec: {
             label: `${title} over temperature`,
             x: { label: "temperature", min: 0, max: Math.max(...runs.flatMap(([, s]) => s.temperatures), 1) },
             y:
               format === percent
-                ? { ...share, max: Math.max(1, ...highs) }
-                : { min: 0, max: Math.max(...highs, 1e-9) * 1.05, format },
+                ? shareUpTo(highs)
+                : { log: steep, min: low, max: Math.max(...highs, 1e-9) * 1.05, format },
             marks: runs.flatMap(([run, s]) => {
               const m = s.measures[key];
               return [
                 {
                   kind: "area",
                   colour: colour(run),
-                  points: s.temperatures.map((x, i) => ({ x, low: m.low[i], high: m.high[i] })),
+                  points: s.temperatures.map((x, i) => ({
+                    x,
+                    low: m.low[i] == null ? null : Math.max(m.low[i], low),
+                    high: m.high[i] == null ? null : Math.max(m.high[i], low),
+                  })),
                 },
                 lines({
                   name: data.runs[run],
