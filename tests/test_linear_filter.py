@@ -65,8 +65,8 @@ def test_exactly_the_small_tiles_are_left_out(backend, chunk_size):
     whole = gradients(hidden, weight, target, None, backend=backend, chunk_size=chunk_size)
     assert torch.equal(loss, whole[0]), "the loss is exact"
     left = torch.where(kept, exact, 0.0)
-    # a logit of size 70 in float32 is a sum of 16 products: some four roundings of 2^-24 70 stand in the exponent of each
-    # term, twice, since the normaliser has them too
+    # a logit of size 70 in float32 is a sum of 16 products: some four roundings of 2^-24 70 stand in the exponent of
+    # each term, twice, since the normaliser has them too
     for got, want, size in (
         (to_hidden, left @ weight.double(), left.abs() @ weight.double().abs()),
         (to_weight, left.T @ hidden.double(), left.abs().T @ hidden.double().abs()),
