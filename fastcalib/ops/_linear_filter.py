@@ -16,7 +16,7 @@ from torch import Tensor
 from ._arguments import NUMBERS
 from ._linear import BLOCK, Gradients, Linear
 
-TILE = 256
+TILE = 128
 
 
 def check_filter_below(name: str, filter_below: float | None, device: torch.device) -> None:
