@@ -79,8 +79,8 @@ def locate(path: Path | None) -> ModelSource:
     raise DemoError(f"--model {path}: expected a .gguf file, or a folder with config.json, weights and tokenizer")
 
 
-def load(source: ModelSource) -> LanguageModel:
-    """Load model and tokenizer from the disk, never from the network.
+def load_module(source: ModelSource) -> tuple[Any, Any]:
+    """The transformers model, in evaluation mode, and its tokenizer; from the disk, never from the network.
 
     Raises:
         DemoError: a package is missing, or transformers cannot read the files.
@@ -99,10 +99,21 @@ def load(source: ModelSource) -> LanguageModel:
             model = AutoModelForCausalLM.from_pretrained(source.folder, **where).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise DemoError(f"transformers could not load {source.name} from {source.folder}: {error}") from error
+    return model, tokenizer
+
+
+def load(source: ModelSource) -> LanguageModel:
+    """Model and tokenizer as the demo needs them; :func:`load_module` says what is raised."""
+    model, tokenizer = load_module(source)
 
     @torch.inference_mode()
     def forward(ids: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
         return logits
 
-    return LanguageModel(forward, tokenizer, min(len(tokenizer), model.config.get_text_config().vocab_size))
+    return LanguageModel(forward, tokenizer, token_count(model, tokenizer))
+
+
+def token_count(model: Any, tokenizer: Any) -> int:
+    """Size of the tokenizer's vocabulary; columns of the logits from there on are padding."""
+    return min(len(tokenizer), int(model.config.get_text_config().vocab_size))
