@@ -17,6 +17,7 @@ from .losses._base import TokenLoss
 from .ops._arguments import Index
 from .ops._linear import Gradients, Linear, check_chunk_size, check_linear, make_linear
 from .ops._linear_chunks import Request, forward
+from .ops._linear_filter import FilteredGradients, check_filter_below
 
 
 @torch.compiler.disable
@@ -37,6 +38,7 @@ def linear_loss(
     chunk_size: int | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    filter_below: float | None = None,
     **token_args: Any,
 ) -> Tensor:
     """:func:`fastcalib.fused_loss` of the logits of a linear layer, from hidden states and its weight.
@@ -66,6 +68,15 @@ def linear_loss(
         chunk_size: rows of logits at a time; None chooses as many as have 256 MB of logits, half as many with a softcap
             (which needs a second buffer).
         vocab_size: rows of the weight from here on are padding; they are not read, and their gradient is 0.
+        filter_below: leave out of the products for hidden and weight whatever of the logits' gradient is next to
+            nothing: 128 neighbouring logits of a token where each derivative of the token's own loss (its weight
+            included, the mean's division not) is below this in absolute value. Inexact: with e for this number, s
+            for that division and M for the logits left out of a token, its hidden state's gradient is off by at most
+            e s times the sum over M of |weight|, and the gradient of a weight row by at most e s times the sum of
+            |hidden| over the tokens left out there; the loss and the bias's gradient are exact. It pays where the model
+            is sure: forward and backward take 1.2 to 1.7 times less on one core at 2**-12 (Cut Cross-Entropy's) and an
+            entropy of 2 nats, and next to nothing less at 4 nats, where four tiles in five hold some likely token,
+            unless likely tokens lie together. None, the default, leaves out nothing. On a CPU only.
 
     Returns:
         A scalar, float32 (float64 for float64), in nats. It can go through ``backward`` once. hidden, weight and bias
@@ -93,12 +104,13 @@ def linear_loss(
     check_chunk_size("linear_loss", chunk_size, "rows")
     given = (temperature, ignore_index, reduction, vocab_size, backend)
     token_args |= {} if token_weight is None else {"weight": token_weight}
+    check_filter_below("linear_loss", filter_below, hidden.device)
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     wanting = "hidden, weight and bias" if differentiate else ""
     job = make_job("linear_loss", logits, target, loss_fn, given, num_items_in_batch, token_args, wanting, 1)
     check_ids_first(target, job)
     flat, job = _leave_out_ignored(hidden.reshape(job.kept.shape[0], hidden.shape[-1]), job)
-    constants = (logits.dtype, logit_scale, logit_softcap, chunk_size)
+    constants = (logits.dtype, logit_scale, logit_softcap, chunk_size, filter_below)
     if differentiate:
         return _LinearLoss.apply(flat, weight, bias, job, constants)
     layer = make_linear(flat, weight, bias, logits.dtype, job.width, logit_scale, logit_softcap)
@@ -160,21 +172,23 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, constants: tuple) -> Tensor:
-        dtype, scale, softcap, chunk_size = constants
+        dtype, scale, softcap, chunk_size, filter_below = constants
         layer = make_linear(hidden, weight, bias, dtype, job.width, scale, softcap)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         sums: list[Gradients] = []
 
         def make(chunks: int) -> Gradients:
-            made = Gradients(
-                layer,
+            wanted = (
                 hidden.dtype if wants_hidden else None,
                 (weight.dtype, weight.shape[0]) if wants_weight else None,
                 bias.dtype if wants_bias and bias is not None else None,
-                chunks,
             )
-            sums.append(made)
-            return made
+            if filter_below is None:
+                sums.append(Gradients(layer, *wanted, chunks))
+            else:
+                limit = filter_below * float(job.scale(hidden))
+                sums.append(FilteredGradients(layer, *wanted, chunks, limit))
+            return sums[0]
 
         loss = _loop(layer, job, chunk_size, make)
         # Not save_for_backward: each gradient must be let go when it is handed out, so that it can be taken over.

@@ -130,9 +130,7 @@ class Gradients:
                 torch.mm(gradient, layer.weight, out=self.hidden[rows])
             else:
                 self.hidden[rows] = torch.mm(gradient, layer.weight)
-        if self.bias is not None:
-            for sums, part in zip(self.bias.split(BLOCK), gradient.split(BLOCK, -1)):
-                sums += part.sum(0, dtype=self.bias.dtype)
+        self._add_bias(gradient)
         if self.blocks:
             assert self.part is not None
             for block, part in zip(self.blocks, gradient.split(BLOCK, -1)):
@@ -145,6 +143,11 @@ class Gradients:
             else:
                 sums.addmm_(gradient.t(), hidden)
         self.count += 1
+
+    def _add_bias(self, gradient: Tensor) -> None:
+        if self.bias is not None:
+            for sums, part in zip(self.bias.split(BLOCK), gradient.split(BLOCK, -1)):
+                sums += part.sum(0, dtype=self.bias.dtype)
 
     def finished_weight(self) -> Tensor | None:
         """The finished gradient of the weight. To be called once: what it is made of is let go."""
