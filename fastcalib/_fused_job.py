@@ -24,7 +24,7 @@ from .losses._modules import as_module
 from .ops import TokenStatistics
 from .ops._arguments import normalise_temperature, outside, raise_bad_target, row_layout, row_of
 from .ops._gpu import in_one_launch
-from .ops.statistics import _allocate, backward_into, forward_and_backward_into
+from .ops._statistics import allocate, backward_into, forward_and_backward_into
 
 
 def make_job(
@@ -301,7 +301,7 @@ def _kernel_linear(job: Job, rows: Tensor, part: slice, scale: Tensor, out: Tens
     one call takes each row through forward and backward."""
     target, backend = job.target[part], resolve(job.settings.backend, rows.device, rows.dtype)
     temperature = job.temperatures if job.temperatures.shape[0] == 1 else job.temperatures[part]
-    anywhere = _allocate(rows, temperature, target, False)
+    anywhere = allocate(rows, temperature, target, False)
     for numbers in (*anywhere[:3], anywhere[7]):
         numbers.zero_()
     _, (g_rows, g_scalars, g_log_prob) = Numbers(job, anywhere).differentiate(part, scale)
