@@ -293,9 +293,7 @@ def pr_divergence(
         logits, teacher = _check_pair(logits, teacher, vocab_size, width)
         own = temperature_a_row("temperature", temperature, logits)
         other = temperature_a_row("teacher_temperature", teacher_temperature, teacher)
-        automatic, backend = backend == "auto", resolve(backend, logits.device, logits.dtype)
-        if backend == "cuda" and automatic:
-            backend = "eager"  # the extension has no CUDA kernel for it
+        backend = resolve(backend, logits.device, logits.dtype, "pr_divergence")
         if backend == "eager":
             flat, against = (x[..., :width].reshape(-1, width) for x in (logits, teacher))
             alpha, beta = eager.pr_divergence(flat, against, lams, own, other, rows)
