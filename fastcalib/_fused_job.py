@@ -52,15 +52,15 @@ def make_job(
             f'{caller}: reduction must be "mean" or "sum", got {settings.reduction!r}: the gradient is computed '
             "before the upstream gradient of each token could be known; call the loss itself for per-token values"
         )
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     tokens = {k: broadcast(name, k, v, target) for k, v in token_args.items() if isinstance(v, Tensor)}
     constants = {k: v for k, v in token_args.items() if k not in tokens}
     own: Mapping[str, Any] = {}
     if isinstance(loss_fn, TokenLoss):
         own = loss_fn.own_arguments()
-        tokens, constants = token_tensors(loss_fn.formula, own, target, token_args), {}
+        tokens, constants = token_tensors(loss_fn.formula, own, target, settings.ignore_index, token_args), {}
     if isinstance(settings.temperature, Tensor) and settings.temperature.numel() > 1:
         tokens[_TEMPERATURE] = broadcast(name, "temperature", settings.temperature, target)
-    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     if wanting:
         _refuse_other_gradients(caller, wanting, loss_fn, settings.temperature, tokens)
     kept = (target != settings.ignore_index).reshape(-1)

@@ -13,7 +13,7 @@ from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
 from . import _gpu
-from ._arguments import NUMBERS, _is_fake, check_logits, row_layout, row_of, temperature_a_row, with_axis
+from ._arguments import NUMBERS, is_fake, check_logits, row_layout, row_of, temperature_a_row, with_axis
 from ._library import LIBRARY
 from ._memory import empty_like_logits
 from ._sparse_pr import against_sets
@@ -341,7 +341,7 @@ def normalise_lam(lam: float | Sequence[float] | Tensor, device: torch.device) -
             raise ValueError(f"lam must be a number or have shape (L,) with L >= 1, got shape {tuple(lam.shape)}")
         if lam.requires_grad:
             raise ValueError("lam is a constant and gets no gradient: pass lam.detach()")
-        if not torch.compiler.is_compiling() and lam.device.type == "cpu" and not _is_fake(lam):
+        if not torch.compiler.is_compiling() and lam.device.type == "cpu" and not is_fake(lam):
             for value in lam[~(lam >= 0)][:1].tolist():
                 raise ValueError(f"lam must be >= 0 (inf allowed), got {value}")
         return lam.reshape(-1).to(device, torch.float64), lam.dim() == 1
