@@ -36,7 +36,7 @@ class Settings:
     blocks: int = 6
     warm_up: int = 10
     steps: int = 30
-    batch: int = 32
+    batch: int = 16
     rate: float = 1e-4
     share: float = 2 / 3
     exponent: float = 1.0
