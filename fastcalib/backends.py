@@ -19,6 +19,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "statistics": BACKENDS,
     "ranks": BACKENDS,
     "pr_divergence": ("eager", "cpp", "triton"),
+    "cutoffs": BACKENDS,  # C++ has its own, the others take several calls of statistics and ranks
 }
 
 # Process-wide on purpose: torch.compile guards on a plain global, it cannot see through a context variable.

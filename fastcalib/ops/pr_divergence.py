@@ -13,7 +13,7 @@ from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
 from . import _gpu
-from ._arguments import NUMBERS, is_fake, check_logits, row_layout, row_of, temperature_a_row, with_axis
+from ._arguments import NUMBERS, check_logits, is_fake, row_layout, row_of, temperature_a_row, with_axis
 from ._library import LIBRARY
 from ._memory import empty_like_logits
 from ._sparse_pr import against_sets
