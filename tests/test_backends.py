@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -254,6 +255,8 @@ def test_a_backend_without_an_operation_is_refused_with_those_that_have_it(monke
 
 
 def test_every_operation_that_is_registered_is_in_the_table():
+    for found in pkgutil.iter_modules(fastcalib.ops.__path__):
+        importlib.import_module(f"fastcalib.ops.{found.name}")
     registered = {n.removeprefix("fastcalib::") for n in torch._C._dispatch_get_all_op_names() if "fastcalib::" in n}
     assert {n for n in registered if not n.endswith("_backward")} == set(module.OPERATIONS)
     for having in module.OPERATIONS.values():
