@@ -29,7 +29,6 @@ LOSSES: dict[str, Callable[[], TokenLoss]] = {
     "trunc 0.4": lambda: losses.TruncLoss(drop=0.4, buffer_size=MEMORY),
     "trunc_r 0.4": lambda: losses.TruncRLoss(drop=0.4, buffer_size=MEMORY),
 }
-DEFAULT = [name for name in LOSSES if name not in ("lambda_pr 2", "gold", "mixce", "gce")]
 BEFORE, WARM_UP = "before", "warm-up"
 
 
