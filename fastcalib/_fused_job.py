@@ -24,7 +24,7 @@ from .losses._modules import as_module
 from .ops import TokenStatistics
 from .ops._arguments import normalise_temperature, outside, raise_bad_target, row_layout, row_of
 from .ops._gpu import in_one_launch
-from .ops.statistics import _allocate, backward_into, forward_and_backward_into
+from .ops._statistics import allocate, backward_into, forward_and_backward_into
 
 
 def make_job(
@@ -52,15 +52,15 @@ def make_job(
             f'{caller}: reduction must be "mean" or "sum", got {settings.reduction!r}: the gradient is computed '
             "before the upstream gradient of each token could be known; call the loss itself for per-token values"
         )
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     tokens = {k: broadcast(name, k, v, target) for k, v in token_args.items() if isinstance(v, Tensor)}
     constants = {k: v for k, v in token_args.items() if k not in tokens}
     own: Mapping[str, Any] = {}
     if isinstance(loss_fn, TokenLoss):
         own = loss_fn.own_arguments()
-        tokens, constants = token_tensors(loss_fn.formula, own, target, token_args), {}
+        tokens, constants = token_tensors(loss_fn.formula, own, target, settings.ignore_index, token_args), {}
     if isinstance(settings.temperature, Tensor) and settings.temperature.numel() > 1:
         tokens[_TEMPERATURE] = broadcast(name, "temperature", settings.temperature, target)
-    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
     if wanting:
         _refuse_other_gradients(caller, wanting, loss_fn, settings.temperature, tokens)
     kept = (target != settings.ignore_index).reshape(-1)
@@ -301,7 +301,7 @@ def _kernel_linear(job: Job, rows: Tensor, part: slice, scale: Tensor, out: Tens
     one call takes each row through forward and backward."""
     target, backend = job.target[part], resolve(job.settings.backend, rows.device, rows.dtype)
     temperature = job.temperatures if job.temperatures.shape[0] == 1 else job.temperatures[part]
-    anywhere = _allocate(rows, temperature, target, False)
+    anywhere = allocate(rows, temperature, target, False)
     for numbers in (*anywhere[:3], anywhere[7]):
         numbers.zero_()
     _, (g_rows, g_scalars, g_log_prob) = Numbers(job, anywhere).differentiate(part, scale)

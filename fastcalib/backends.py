@@ -13,6 +13,14 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
+# Operation -> the backends that have it. Those of a linear layer, the losses and the diagnostics are made of these.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "softmax": BACKENDS,
+    "statistics": BACKENDS,
+    "ranks": BACKENDS,
+    "pr_divergence": ("eager", "cpp", "triton"),
+    "cutoffs": BACKENDS,  # C++ has its own, the others take several calls of statistics and ranks
+}
 
 # Process-wide on purpose: torch.compile guards on a plain global, it cannot see through a context variable.
 _forced: str = "auto"
@@ -133,18 +141,38 @@ def _automatic(device: torch.device, dtype: torch.dtype | None) -> tuple[str, st
     return "eager", f"{_why_no_triton()}, and {_why_no_cuda()}"
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The backend that a call with this argument, device and dtype of the logits runs on."""
+def check_has(backend: str, operation: str) -> None:
+    """RuntimeError for a backend without kernels for an operation, with those that have them."""
+    having = OPERATIONS[operation]
+    if backend in BACKENDS and backend not in having:
+        raise RuntimeError(f"backend {backend!r} has no {operation}; use backend={_either(having)}")
+
+
+def _either(names: tuple[str, ...]) -> str:
+    quoted = [f'"{name}"' for name in names]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]])
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None, operation: str = "statistics") -> str:
+    """The backend on which a call of an operation with this argument, device and dtype of the logits runs.
+
+    Raises:
+        ValueError: for a name that is no backend.
+        RuntimeError: for a backend that is not live, lacks the operation or runs on another kind of device.
+    """
     global _warned
     if backend == "auto":
         backend = _forced
     if backend == "auto":
         backend, why = _automatic(device, dtype)
+        if backend not in OPERATIONS[operation]:
+            backend, why = "eager", f"backend {backend!r}, the one there is for {device}, has no {operation}"
         if why and not _warned and not torch.compiler.is_compiling():
             _warned = True
             if not os.environ.get("FASTCALIB_QUIET"):
                 warnings.warn(f"fastcalib runs on the slow 'eager' backend: {why}", RuntimeWarning, stacklevel=4)
         return backend
+    check_has(backend, operation)
     if backend in _on_cpu or (backend == "triton" and _TRITON_FOUND and device.type == "cuda"):
         return backend
     _check_live(backend)

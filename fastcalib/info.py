@@ -25,8 +25,8 @@ def collect() -> dict[str, Any]:
     Returns:
         ``versions`` (name -> version or None), ``python``, ``platform``, ``extension`` (``loaded``, ``path``, the
         ``isa`` chosen, the ``isas`` this machine can run, ``compiler``, ``openmp``, the ``cuda`` targets compiled in;
-        or ``why_missing``), ``backends`` (name -> ``live``, ``why``), ``threads`` (``torch``, ``cpus``) and
-        ``openmp_runtimes`` (the shared libraries loaded; more than one means more than one pool of threads).
+        or ``why_missing``), ``backends`` (name -> ``live``, ``why``, ``operations``), ``threads`` (``torch``, ``cpus``)
+        and ``openmp_runtimes`` (the shared libraries loaded; more than one means more than one pool of threads).
 
     Example:
         >>> from fastcalib.info import collect
@@ -35,13 +35,19 @@ def collect() -> dict[str, Any]:
         (True, True)
     """
     from . import backends
+    from .backends import OPERATIONS
+
+    def operations(backend: str) -> list[str]:
+        return [operation for operation, having in OPERATIONS.items() if backend in having]
 
     return {
         "versions": {name: _version(name) for name in ("fastcalib", "torch", "triton", "numpy")},
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": f"{platform.system()} {platform.machine()}",
         "extension": _extension(),
-        "backends": {name: {"live": live, "why": why} for name, (live, why) in backends().items()},
+        "backends": {
+            name: {"live": live, "why": why, "operations": operations(name)} for name, (live, why) in backends().items()
+        },
         "threads": {"torch": torch.get_num_threads(), "cpus": _usable_cpus()},
         "openmp_runtimes": _loaded_openmp_runtimes(),
     }
@@ -88,8 +94,11 @@ def render(facts: dict[str, Any] | None = None) -> Group:
     live.add_column("name", no_wrap=True)
     live.add_column("live", no_wrap=True)
     live.add_column("why", overflow="fold")
+    live.add_column("operations", overflow="fold")
     for name, backend in facts["backends"].items():
-        live.add_row(name, "[green]yes[/]" if backend["live"] else "[red]no[/]", backend["why"])
+        live.add_row(
+            name, "[green]yes[/]" if backend["live"] else "[red]no[/]", backend["why"], ", ".join(backend["operations"])
+        )
     return Group(about, "", live)
 
 

@@ -14,7 +14,7 @@ from ._fused_job import Job, Numbers, check_ids_first, make_job
 from .backends import resolve
 from .fused import CHUNK_BYTES
 from .losses._base import TokenLoss
-from .ops._arguments import Index
+from .ops._arguments import Index, check_target
 from .ops._linear import Gradients, Linear, check_chunk_size, check_linear, make_linear
 from .ops._linear_chunks import Request, forward
 from .ops._linear_filter import FilteredGradients, check_filter_below
@@ -101,6 +101,7 @@ def linear_loss(
                 [ 0.1250, -0.3750]])
     """
     logits = check_linear("linear_loss", hidden, weight, bias, logit_softcap, logit_scale, vocab_size)[0]
+    check_target("linear_loss", hidden, target, None, "hidden")  # before the checks that know of logits alone
     check_chunk_size("linear_loss", chunk_size, "rows")
     given = (temperature, ignore_index, reduction, vocab_size, backend)
     token_args |= {} if token_weight is None else {"weight": token_weight}

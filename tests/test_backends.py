@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -234,3 +235,34 @@ def test_ranks_count_the_thresholds_of_a_row_for_the_choice(ragged, monkeypatch)
     sets = fastcalib.ValidSets.from_lists([[0, 1, 2], [3]]) if ragged else torch.tensor([[0, 1], [2, 3]])
     fastcalib.ranks(torch.zeros(2, 5), sets)
     assert seen == [2]
+
+
+def test_a_backend_without_an_operation_is_refused_with_those_that_have_it(monkeypatch):
+    """Named in the call or by use_backend it is an error, whatever else is wrong; the automatic choice says it once."""
+    words = r'^backend \'cuda\' has no pr_divergence; use backend="eager", "cpp" or "triton"$'
+    with pytest.raises(RuntimeError, match=words):
+        fastcalib.pr_divergence(Z, Z, 1.0, backend="cuda")
+    monkeypatch.setattr(module, "_forced", "cuda")
+    with pytest.raises(RuntimeError, match=words):
+        fastcalib.pr_divergence(Z, Z, 1.0)
+    monkeypatch.setattr(module, "_forced", "auto")
+    monkeypatch.setattr(module, "_automatic", lambda device, dtype: ("cuda", ""))
+    monkeypatch.setattr(module, "_warned", False)
+    monkeypatch.delenv("FASTCALIB_QUIET", raising=False)
+    with pytest.warns(RuntimeWarning, match="slow 'eager' backend: backend 'cuda', .* has no pr_divergence"):
+        got = fastcalib.pr_divergence(Z, Z + 1, 1.0).alpha
+    assert torch.equal(got, fastcalib.pr_divergence(Z, Z + 1, 1.0, backend="eager").alpha)
+
+
+def test_every_operation_that_is_registered_is_in_the_table():
+    for found in pkgutil.iter_modules(fastcalib.ops.__path__):
+        importlib.import_module(f"fastcalib.ops.{found.name}")
+    registered = {n.removeprefix("fastcalib::") for n in torch._C._dispatch_get_all_op_names() if "fastcalib::" in n}
+    assert {n for n in registered if not n.endswith("_backward")} == set(module.OPERATIONS)
+    for having in module.OPERATIONS.values():
+        assert having[0] == "eager" and set(having) <= set(module.BACKENDS)
+    from fastcalib.info import collect
+
+    shown = collect()["backends"]
+    assert "pr_divergence" in shown["triton"]["operations"] and "pr_divergence" not in shown["cuda"]["operations"]
+    assert all("statistics" in shown[name]["operations"] for name in module.BACKENDS)

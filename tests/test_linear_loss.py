@@ -384,7 +384,8 @@ def test_statistics_need_one_chunk_of_columns() -> None:
         ),
         ({"bias": torch.ones(3)}, ValueError, r"bias must have shape \(300,\)"),
         ({"target": torch.full((N,), 300)}, ValueError, r"^target\[0\] is 300, outside \[0, 300\)"),
-        ({"target": torch.rand(N)}, TypeError, "integer dtype"),
+        ({"target": torch.rand(N)}, TypeError, "^linear_loss: target must hold token ids in an integer dtype"),
+        ({"target": TARGET[:3]}, ValueError, rf"dimensions \({N},\) of hidden \({N}, \d+\), got \(3,\)"),
         ({"loss_fn": losses.NLLLoss}, TypeError, r"NLLLoss\(\)"),
         (
             {"loss_fn": lambda stats, target: stats.entropy.sum()},

@@ -63,6 +63,37 @@ def test_bad_targets_are_refused_in_words() -> None:
         losses.gem(sharp_logits().view(2, 4, V), torch.tensor([[0, 1, 2, 3], [4, 5, -100, -1]]))
 
 
+def test_positions_outside_of_their_sequence_are_refused() -> None:
+    """Counted from 1, say: the last token of a sequence would be weighted as if there were one more."""
+    logits, target = sharp_logits().view(2, 4, V), TARGET.view(2, 4).clone()
+
+    def loss(position: object, length: object = 4, **options: float) -> torch.Tensor:
+        return losses.lambda_pr(logits, target, lam=0.5, position=position, length=length, **options)
+
+    for good in (0, 3, torch.arange(4), torch.tensor([[3], [0]])):
+        assert loss(good).isfinite()
+    with pytest.raises(
+        ValueError, match=r"^lambda_pr: position\[0, 3\] is 4 in a sequence of length 4; .* \[0, length"
+    ):
+        loss(torch.arange(1, 5))
+    with pytest.raises(ValueError, match=r"position\[0, 0\] is -1 in a sequence of length 4"):
+        loss(-1)
+    with pytest.raises(ValueError, match=r"position\[1, 2\] is 2 in a sequence of length 2"):
+        loss(torch.arange(4), torch.tensor([[4], [2]]))
+    fused = {"position": torch.arange(1, 5), "length": 4}
+    with pytest.raises(ValueError, match=r"position\[0, 3\] is 4"):
+        fastcalib.fused_loss(logits, target, losses.LambdaPRLoss(lam=0.5), **fused)
+    # At an ignored token a position means nothing. 156 is -100 in uint8, and there it is a token like any other.
+    target[0, 3] = target[1, 3] = -100
+    assert loss(torch.arange(1, 5)).isfinite()
+    assert fastcalib.fused_loss(logits, target, losses.LambdaPRLoss(lam=0.5), **fused).isfinite()
+    alone = torch.tensor([156], dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"position\[0\] is 1 in a sequence of length 1"):
+        losses.lambda_pr(torch.zeros(1, 200), alone, lam=0.5, position=1, length=1)
+    with pytest.raises(ValueError, match=r"position\[0\] is 1 in a sequence of length 1"):
+        fastcalib.fused_loss(torch.zeros(1, 200), alone, losses.LambdaPRLoss(lam=0.5), position=1, length=1)
+
+
 def test_modules_refuse_bad_arguments_when_they_are_made() -> None:
     with pytest.raises(ValueError, match="gamma"):
         losses.TailrLoss(gamma=2.0)

@@ -343,7 +343,7 @@ def forward_and_backward(
     smoothing: bool,
 ) -> None:
     """Write the gradient into ``out`` (which may be the logits), and logsumexp, max_prob, log_prob, argmax and the
-    maximum into the packed results ``made`` of fastcalib/ops/statistics.py; the sum of the logits if ``smoothing``.
+    maximum into the packed results ``made`` of fastcalib/ops/_statistics.py; the sum of the logits if ``smoothing``.
 
     What else is in ``made`` is left as it is. One token a row; upstream gradients in anything else are not looked at.
     """

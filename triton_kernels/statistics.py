@@ -195,7 +195,7 @@ def _segments(
 def _finish(
     x, inner, outer_stride, inner_stride, vocab, temperature, temperature_stride, k_count,
     ids, per_row, offsets, ignore_index, reals, integers, sums, counts, masses, segments,  # as in _segments
-    rows,  # float32 (6, N, K): ROW_FIELDS of fastcalib/ops/statistics.py
+    rows,  # float32 (6, N, K): ROW_FIELDS of fastcalib/ops/_statistics.py
     scalars,  # float32 (2, N): sum_logits, std_logits
     log_prob,  # float32 (nnz, K)
     argmax,  # int64 (N,)
@@ -352,7 +352,7 @@ def forward(
     """Fill ``out``, the packed results of the registered operation, from the logits.
 
     Args:
-        out: rows, scalars, log_prob, argmax, n_greater, n_equal, mass_greater, saved, as fastcalib/ops/statistics.py
+        out: rows, scalars, log_prob, argmax, n_greater, n_equal, mass_greater, saved, as fastcalib/ops/_statistics.py
             allocates them, on the device of the logits.
         logits: float32, bfloat16 or float16; columns are adjacent.
         layout: number of rows, then inner, outer stride, inner stride of ``RowLayout``.

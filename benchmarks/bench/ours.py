@@ -149,13 +149,11 @@ def fused(logits: Tensor, target: Tensor) -> Call:
 def backward_into(out: Tensor, logits: Tensor, target: Tensor, *, nontemporal: bool) -> Callable[[], None]:
     """The bare backward kernel for the mean NLL, into ``out`` (which may be ``logits``); the forward runs here, once.
 
-    Adapter to the internal ``fastcalib.ops.statistics.backward_into``.
+    Adapter to the internal ``fastcalib.ops._statistics.backward_into``.
     """
     _library()
-    import importlib
+    from fastcalib.ops import _statistics as module
 
-    # the package re-exports a function called statistics over the module of that name
-    module = importlib.import_module("fastcalib.ops.statistics")
     write = _attribute(module, "backward_into")
     n, v = logits.shape
     temperature = torch.ones(1, 1, dtype=torch.float64)

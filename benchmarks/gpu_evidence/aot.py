@@ -174,8 +174,8 @@ def _call_everything(logits: Any, label: Callable[[str], None], operations: list
     import torch
 
     from fastcalib.ops import _gpu
+    from fastcalib.ops._statistics import allocate
     from fastcalib.ops.softmax import _allocate_logsumexp
-    from fastcalib.ops.statistics import _allocate
     from fastcalib.triton_kernels import launch
 
     n, v = logits.shape
@@ -184,7 +184,7 @@ def _call_everything(logits: Any, label: Callable[[str], None], operations: list
     if "statistics" in operations:
         for ranks in (True, False) if "ranks" in operations else (False,):
             label(" with ranks" if ranks else "")
-            packed = _allocate(logits, one, index, ranks)
+            packed = allocate(logits, one, index, ranks)
             _gpu.statistics_forward(packed, logits, one, index, 1, None, v, -100, ranks, "triton")
         rows, scalars, log_prob, argmax, *_, saved = packed
         _gpu.statistics_backward(

@@ -8,7 +8,6 @@ looks at itself and at what precedes it in that answer alone. The lower blocks, 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import fastcalib
-from fastcalib.answer_trie import AnswerTrie
+from fastcalib import AnswerTrie
 from fastcalib.demo.valid import Task
+from fastcalib.diagnostics.sequence import answer_log_probs, at_nodes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
     blocks: int = 6
     warm_up: int = 10
     steps: int = 30
-    batch: int = 32
+    batch: int = 16
     rate: float = 1e-4
     share: float = 2 / 3
     exponent: float = 1.0
@@ -190,11 +190,5 @@ def log_probabilities(
             hidden[place[trie.inner()]], weight, trie.valid_sets(), temperatures, moments=False, vocab_size=vocab_size
         )
         assert stats.log_prob is not None
-        log_q = torch.zeros(len(trie), len(temperatures), dtype=torch.float64)
-        log_q[1:] = stats.log_prob.double()  # of each node after its parent
-        levels = trie.levels().tolist()
-        for first, last in itertools.pairwise(levels[1:]):
-            log_q[first:last] += log_q[trie.parent[first:last]]
-        leaves = trie.leaves()
-        found.append(log_q[leaves[trie.answer[leaves].argsort()]])
+        found.append(answer_log_probs(trie, at_nodes(trie, stats.log_prob)))
     return found

@@ -21,15 +21,14 @@ from .lists import Packed, Settings, SplitModel, log_probabilities, run, split, 
 from .losses import LOSSES as TOY_LOSSES
 from .training import TEMPERATURES
 
-# As in coverage.py, gamma included: these answers are short too. The truncating losses remember 512 losses instead of
-# 10,000, which a run of 3,000 tokens would never fill, and until it is full they keep everything.
-MEMORY = 512
+# As in coverage.py, gamma included: these answers are short too. The truncating losses remember 256 losses instead of
+# 10,000, which a run of 1,300 tokens would never fill, and until it is full they keep everything.
+MEMORY = 256
 LOSSES: dict[str, Callable[[], TokenLoss]] = {
     **TOY_LOSSES,
     "trunc 0.4": lambda: losses.TruncLoss(drop=0.4, buffer_size=MEMORY),
     "trunc_r 0.4": lambda: losses.TruncRLoss(drop=0.4, buffer_size=MEMORY),
 }
-DEFAULT = [name for name in LOSSES if name not in ("gold", "mixce", "gce")]  # as in coverage.py they change little
 BEFORE, WARM_UP = "before", "warm-up"
 
 

@@ -1,7 +1,9 @@
 """Calibration over a corpus: mergeable O(bins) states and the temperature that minimises NLL (spec, section 6)."""
 
 from .bins import AdaptiveECE, Reliability
+from .classwise import ClasswiseCalibrationState
 from .full import FullCalibrationState
+from .smooth import smooth_ece
 from .state import CalibrationState
 from .temperature import (
     NLLSums,
@@ -14,6 +16,7 @@ from .temperature import (
 __all__ = [
     "AdaptiveECE",
     "CalibrationState",
+    "ClasswiseCalibrationState",
     "FullCalibrationState",
     "NLLSums",
     "Reliability",
@@ -21,4 +24,5 @@ __all__ = [
     "fit_temperature",
     "fit_temperature_from",
     "interpolate_temperature",
+    "smooth_ece",
 ]

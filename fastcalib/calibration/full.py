@@ -87,7 +87,7 @@ class FullCalibrationState(BinnedState):
         if target.device.type == "cpu" and bool((wanted != (target != ignore_index)).any()):
             raise_bad_target(target, width, ignore_index)
         ids = torch.where(wanted, target, 0)
-        for z, y, use in _blocks(logits, ids, wanted, max(1, CHUNK_ELEMENTS // max(width, self.cells))):
+        for z, y, use in blocks(logits, ids, wanted, max(1, CHUNK_ELEMENTS // max(width, self.cells))):
             z = z[:, :width].to(torch.promote_types(z.dtype, torch.float32))
             defined = use.new_zeros(0)
             for k, temperature in enumerate(self.temperatures):
@@ -122,14 +122,14 @@ class FullCalibrationState(BinnedState):
         return (hits - confidence).abs().sum(-1) / self.n_tokens
 
 
-def _blocks(logits: Tensor, target: Tensor, use: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def blocks(logits: Tensor, target: Tensor, use: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Views of at most n rows, (m, V), (m,) and (m,): a batch that cannot be flattened without a copy is not copied."""
     if logits.dim() == 1:
         yield logits[None], target[None], use[None]
     elif logits.dim() == 2:
         yield from zip(logits.split(n), target.split(n), use.split(n))
     elif logits.is_contiguous():
-        yield from _blocks(logits.flatten(0, -2), target.reshape(-1), use.reshape(-1), n)
+        yield from blocks(logits.flatten(0, -2), target.reshape(-1), use.reshape(-1), n)
     else:
         for part in zip(logits, target, use):
-            yield from _blocks(*part, n)
+            yield from blocks(*part, n)

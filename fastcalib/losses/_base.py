@@ -30,7 +30,8 @@ class Formula:
         limits: interval of each own number, as "(0, 1]".
         factors: own numbers -> the temperatures the formula reads, as multiples of the loss's; the statistics then have
             a trailing axis in that order. None: one temperature, no axis.
-        prepare: (target, own numbers, token arguments) -> token arguments, with defaults filled in.
+        prepare: (target, ignore_index, own numbers, token arguments) -> token arguments, checked, with defaults filled
+            in.
         token_arguments: names of the tensors that the formula takes beside the target.
         moments: whether the formula reads more than log-probabilities, maximum and normaliser.
         linear: whether the loss is linear in the statistics, so that its gradient in them is known without them.
@@ -175,7 +176,7 @@ def broadcast(name: str, argument: str, value: Any, target: Tensor) -> Tensor:
 
 
 def token_tensors(
-    formula: Formula, own: Mapping[str, Any], target: Tensor, given: Mapping[str, Any]
+    formula: Formula, own: Mapping[str, Any], target: Tensor, ignore_index: int, given: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The formula's token arguments (and weight) in the target's shape, defaults filled in."""
     for argument in given:
@@ -184,7 +185,7 @@ def token_tensors(
         if argument not in (*formula.token_arguments, "weight"):
             raise TypeError(f"{formula.name}() got an unexpected keyword argument {argument!r}")
     tensors = {k: broadcast(formula.name, k, v, target) for k, v in given.items() if v is not None}
-    return formula.prepare(target, own, tensors) if formula.prepare else tensors
+    return formula.prepare(target, ignore_index, own, tensors) if formula.prepare else tensors
 
 
 def compute(
@@ -200,7 +201,7 @@ def compute(
     """A whole loss from the logits: one read, the formula, the reduction."""
     width = check_target(formula.name, logits, target, settings.vocab_size)
     target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
-    tensors = token_tensors(formula, own, target, token_arguments)
+    tensors = token_tensors(formula, own, target, settings.ignore_index, token_arguments)
     try:
         stats = read(
             logits, target, settings.temperature, formula.factors_for(own, settings),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import TokenStatistics
+from ..ops._arguments import is_fake
 from ._base import Formula, TokenLoss, apply, broadcast
 from ._options import check_number, documented, module_doc
 from .likelihood import log_p, p_fixed, weighted_nll
@@ -52,7 +53,9 @@ def _lambda_pr(
     return weighted_nll(weight, log_p(stats))
 
 
-def _positions(target: Tensor, own: Mapping[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _positions(
+    target: Tensor, ignore_index: int, own: Mapping[str, Any], given: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """position and length of each token; by default those of a (batch, sequence) layout."""
     if own["lam"] == 1:
         return {k: v for k, v in given.items() if k not in ("position", "length")}
@@ -67,7 +70,22 @@ def _positions(target: Tensor, own: Mapping[str, Any], given: dict[str, Tensor])
         given["position"] = broadcast("lambda_pr", "position", steps, target)
     if "length" not in given:
         given["length"] = broadcast("lambda_pr", "length", target.shape[-1], target)
+    _check_positions(given["position"], given["length"], target != ignore_index)
     return given
+
+
+def _check_positions(position: Tensor, length: Tensor, kept: Tensor) -> None:
+    """0 <= position < length of the kept tokens. On a CPU: on an accelerator to look would be a synchronisation."""
+    if torch.compiler.is_compiling() or position.device.type != "cpu" or is_fake(position):
+        return
+    bad = kept & ~((position >= 0) & (position < length))
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        where = list(at) if at else ""
+        raise ValueError(
+            f"lambda_pr: position{where} is {position[at].item()} in a sequence of length {length[at].item()}; "
+            "positions count from 0, so they must lie in [0, length)"
+        )
 
 
 def _trunc(stats: TokenStatistics, target: Tensor, *, threshold: float | Tensor) -> Tensor:
@@ -163,8 +181,8 @@ def lambda_pr(
     Args:
         lam: > 0; where on the precision-recall curve. Usual 0.1 to 1.
         gamma: in (0, 1]. Usual 1e-7 to 1e-5.
-        position: l from 0, broadcasts to the target; by default the place along the target's last dimension. Not
-            needed for lam = 1.
+        position: l from 0 to L - 1, broadcasts to the target; by default the place along the target's last dimension.
+            Not needed for lam = 1. On a CPU a kept token with another one is an error.
         length: L, broadcasts to the target; by default the size of the target's last dimension, padding included.
             With a target of one dimension (packed sequences) give both.
 

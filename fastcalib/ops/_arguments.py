@@ -82,7 +82,7 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
             raise TypeError(f"a temperature tensor must be floating point, got {temperature.dtype}")
         if temperature.device != logits.device and not (temperature.device.type == "cpu" and temperature.dim() == 0):
             raise ValueError(f"temperature is on {temperature.device}, the logits are on {logits.device}")
-        if not torch.compiler.is_compiling() and temperature.device.type == "cpu" and not _is_fake(temperature):
+        if not torch.compiler.is_compiling() and temperature.device.type == "cpu" and not is_fake(temperature):
             bad = ~((temperature >= LOWEST_TEMPERATURE) & (temperature <= HIGHEST_TEMPERATURE))
             if bad.any():
                 position = tuple(bad.nonzero()[0].tolist())
@@ -133,7 +133,7 @@ def row_of(values: list[float], device: torch.device) -> Tensor:
     return torch.cat([torch.full((1, 1), value, dtype=torch.float64, device=device) for value in values], 1)
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)
@@ -192,8 +192,9 @@ def normalise_index(index: Tensor | ValidSets, logits: Tensor, name: str = "inde
     return Index(index.reshape(-1).to(torch.int64).contiguous(), per_row, None, shape)
 
 
-def check_target(name: str, logits: Tensor, target: Tensor, vocab_size: int | None) -> int:
-    """Shapes and dtypes of a loss's arguments; returns the size of the vocabulary. ``name`` is the loss."""
+def check_target(name: str, logits: Tensor, target: Tensor, vocab_size: int | None, rows: str = "logits") -> int:
+    """Shapes and dtypes of a loss's arguments; returns the size of the vocabulary. ``name`` is the loss, ``rows`` what
+    its first argument is called."""
     width = check_logits(logits, vocab_size)
     if not isinstance(target, Tensor):
         raise TypeError(
@@ -206,7 +207,7 @@ def check_target(name: str, logits: Tensor, target: Tensor, vocab_size: int | No
         )
     if target.shape != logits.shape[:-1]:
         raise ValueError(
-            f"{name}: target must have the leading dimensions {tuple(logits.shape[:-1])} of logits "
+            f"{name}: target must have the leading dimensions {tuple(logits.shape[:-1])} of {rows} "
             f"{tuple(logits.shape)}, got {tuple(target.shape)}"
         )
     return width
@@ -256,7 +257,7 @@ def flat_index(ids: Tensor, per_row: int, offsets: Tensor | None, logits: Tensor
 def check_ids_eager(index: Index, vocab_size: int, ignore_index: int) -> None:
     """The check that the C++ kernels do while they gather, for the reference. Only where it costs no device sync."""
     ids = index.ids
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(ids):
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(ids):
         return
     bad = outside(ids, vocab_size, ignore_index)
     if bad.any():

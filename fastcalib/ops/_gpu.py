@@ -239,11 +239,6 @@ def softmax_backward(
         )
 
 
-def _refuse_cuda(backend: str) -> None:
-    if backend == "cuda":
-        raise RuntimeError("backend 'cuda' has no pr_divergence; use backend='triton'")
-
-
 def pr_divergence_forward(
     out: tuple[Tensor, Tensor, Tensor, Tensor],
     logits: Tensor,
@@ -257,7 +252,7 @@ def pr_divergence_forward(
 ) -> None:
     """Fill alpha, beta, and what backward needs: mass and norms."""
     check_dtype(logits)
-    _refuse_cuda(backend)
+    backends.check_has(backend, "pr_divergence")
     student, other = row_layout(logits), row_layout(teacher)
     with on_device(logits):
         kernels("pr_divergence").forward(
@@ -285,7 +280,7 @@ def pr_divergence_backward(
 ) -> None:
     """Fill the gradients that are not None: contiguous ones to both logits, float64 (N, 2) to the temperatures."""
     check_dtype(logits)
-    _refuse_cuda(backend)
+    backends.check_has(backend, "pr_divergence")
     student, other = row_layout(logits), row_layout(teacher)
     with on_device(logits):
         kernels("pr_divergence_backward").backward(

@@ -14,7 +14,9 @@ from ..backends import extension
 from ..eager.softmax import statistics_dtype
 from ._arguments import DTYPE_CODE, Index
 from ._linear import COLUMNS, FORWARD_BYTES, LEAST_COLUMNS, ROW_BYTES, Gradients, Linear, make_linear, without_autocast
-from .statistics import ROW_FIELDS, _allocate, _eager, _pointer, _temperature_gradient, backward_into
+from ._statistics import ROW_FIELDS, allocate, backward_into, pointer
+from ._statistics_temperature import temperature_gradient
+from .statistics import _eager
 
 # Axis of each packed result along which rows (or selected tokens, in the order of their rows) lie.
 ROW_AXIS = (1, 1, 0, 0, 0, 0, 0, 0)
@@ -72,14 +74,14 @@ def _by_columns(layer: Linear, temperature: Tensor, request: Request) -> tuple[T
     temperature = temperature.contiguous()
     k = temperature.shape[1]
     stand_in = layer.hidden.new_empty(()).expand(n_rows, width)
-    out = _allocate(stand_in, temperature, None if index is None else index.ids, False)
+    out = allocate(stand_in, temperature, None if index is None else index.ids, False)
     rows, scalars, log_prob, argmax, _, _, _, saved = out
     module = extension()
     heads = torch.empty(n_rows * module.statistics_head_bytes, dtype=torch.uint8)
     sums = torch.empty(n_rows * k * module.statistics_sums_bytes, dtype=torch.uint8)
     chosen = torch.empty(log_prob.shape[0], dtype=torch.float64)
     at = (temperature.data_ptr(), temperature.shape[0], k)
-    selection = (0, 0, 0) if index is None else (index.ids.data_ptr(), index.per_row, _pointer(index.offsets))
+    selection = (0, 0, 0) if index is None else (index.ids.data_ptr(), index.per_row, pointer(index.offsets))
     code, threads = DTYPE_CODE[layer.hidden.dtype], torch.get_num_threads()
     size = request.chunk_size or _columns(n_rows, layer.hidden.element_size())
     buffer = layer.buffer(n_rows, min(size, width))
@@ -150,7 +152,7 @@ def _gradient_of_chunk(
     flat, per_row, offsets = (None, 0, None) if ids is None else (ids.ids, ids.per_row, ids.offsets)
     grad_temperature = None
     if wants_temperature:
-        grad_temperature = _temperature_gradient(
+        grad_temperature = temperature_gradient(
             upstream[0], upstream[2], z, temperature, ids, rows, log_prob, saved, request.width, request.ignore_index,
             request.backend,
         )  # fmt: skip

@@ -147,7 +147,7 @@ def cutoffs(
     backend: str,
 ) -> RowCutoffs:
     """See :func:`fastcalib.decoding.cutoffs`, which checks the arguments."""
-    backend = resolve(backend, logits.device, logits.dtype)
+    backend = resolve(backend, logits.device, logits.dtype, "cutoffs")
     temperatures, _ = normalise_temperature(temperature, logits)
     if backend == "cpp":
         values, offsets = (None, None) if sets is None else (sets.values, sets.offsets)

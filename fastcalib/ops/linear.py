@@ -226,7 +226,7 @@ def linear_ranks(
             _gpu.validate_ids(ids, width, ignore_index)
     else:
         ids, numbers = _normalise_thresholds(thresholds, stand_in)[0], True
-    backend = resolve(backend, hidden.device, stand_in.dtype)
+    backend = resolve(backend, hidden.device, stand_in.dtype, "ranks")
     rows = _rows_to_do(hidden, None if numbers else ids, temperatures, ignore_index)
     used = ids if rows.ids is None else rows.ids
     with without_autocast(hidden):

@@ -13,7 +13,7 @@ from ..backends import extension, resolve
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
 from . import _gpu
-from ._arguments import NUMBERS, _is_fake, check_logits, row_layout, row_of, temperature_a_row, with_axis
+from ._arguments import NUMBERS, check_logits, is_fake, row_layout, row_of, temperature_a_row, with_axis
 from ._library import LIBRARY
 from ._memory import empty_like_logits
 from ._sparse_pr import against_sets
@@ -293,9 +293,7 @@ def pr_divergence(
         logits, teacher = _check_pair(logits, teacher, vocab_size, width)
         own = temperature_a_row("temperature", temperature, logits)
         other = temperature_a_row("teacher_temperature", teacher_temperature, teacher)
-        automatic, backend = backend == "auto", resolve(backend, logits.device, logits.dtype)
-        if backend == "cuda" and automatic:
-            backend = "eager"  # the extension has no CUDA kernel for it
+        backend = resolve(backend, logits.device, logits.dtype, "pr_divergence")
         if backend == "eager":
             flat, against = (x[..., :width].reshape(-1, width) for x in (logits, teacher))
             alpha, beta = eager.pr_divergence(flat, against, lams, own, other, rows)
@@ -343,7 +341,7 @@ def normalise_lam(lam: float | Sequence[float] | Tensor, device: torch.device) -
             raise ValueError(f"lam must be a number or have shape (L,) with L >= 1, got shape {tuple(lam.shape)}")
         if lam.requires_grad:
             raise ValueError("lam is a constant and gets no gradient: pass lam.detach()")
-        if not torch.compiler.is_compiling() and lam.device.type == "cpu" and not _is_fake(lam):
+        if not torch.compiler.is_compiling() and lam.device.type == "cpu" and not is_fake(lam):
             for value in lam[~(lam >= 0)][:1].tolist():
                 raise ValueError(f"lam must be >= 0 (inf allowed), got {value}")
         return lam.reshape(-1).to(device, torch.float64), lam.dim() == 1

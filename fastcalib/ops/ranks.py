@@ -175,7 +175,7 @@ def ranks(
         _gpu.validate_ids(ids, width, ignore_index)
     rows = max(logits.shape[:-1].numel(), 1)
     backend = _gpu.backend_for_ranks(
-        backend, resolve(backend, logits.device, logits.dtype), ids.per_row or ids.ids.shape[0] // rows
+        backend, resolve(backend, logits.device, logits.dtype, "ranks"), ids.per_row or ids.ids.shape[0] // rows
     )
     if backend == "eager":
         n_greater, n_equal, mass = _eager(

@@ -151,7 +151,7 @@ def _call(logits: Tensor, temperature: float | Tensor, vocab_size: int | None, b
             "a dense softmax takes one temperature a row (statistics takes several)"
         )
     temperatures, _ = normalise_temperature(temperature, logits)
-    backend = resolve(backend, logits.device, logits.dtype)
+    backend = resolve(backend, logits.device, logits.dtype, "softmax")
     if backend != "eager":
         return torch.ops.fastcalib.softmax(logits, temperatures, width, log, backend)[0]
     flat = logits[..., :width].reshape(-1, width)

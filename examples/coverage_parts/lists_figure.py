@@ -1,0 +1,67 @@
+"""The planes of recall and validity of ``examples/coverage_lists.py``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from fastcalib.demo.figures import BLUE, GREY, ORANGE, STYLE
+from fastcalib.storage import whole_file
+
+from .figures import COLOURS, MARKERS, PANELS
+from .lists_training import BEFORE, WARM_UP
+from .report import LEVEL
+
+
+def draw(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """For each list three planes, one curve over temperatures for each loss, and the recalls at the level by seed."""
+    lists = {row["list"]: row["answers"] for row in found}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(len(lists), 4, figsize=(21, 5.2 * len(lists)), squeeze=False)
+        for line, (task, answers) in zip(axes, lists.items()):
+            mine = [row for row in found if row["list"] == task]
+            for ax, (title, names) in zip(line, PANELS.items()):
+                _plane(ax, mine, names)
+                ax.set_title(f"{task} ({answers}): {title}", fontsize=9.5)
+            _recalls(line[3], [row for row in rows if row["list"] == task], task)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=80)
+        plt.close(figure)
+
+
+def _plane(ax: Axes, mine: Sequence[dict[str, Any]], names: list[str]) -> None:
+    _curves(ax, mine, WARM_UP, GREY, "*")
+    _curves(ax, mine, "nll", "black", "o")
+    for name, colour, marker in zip(names, COLOURS, MARKERS):
+        _curves(ax, mine, name, colour, marker)
+    ax.axhline(LEVEL, color=GREY, lw=1, ls=":")
+    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall: answers with Q ≥ 0.1 / n", ylabel="validity")
+    ax.legend(loc="lower left", title="marker: T = 0.97")
+
+
+def _curves(ax: Axes, mine: Sequence[dict[str, Any]], name: str, colour: str, marker: str) -> None:
+    runs = [row["curves"] for row in mine if row["loss"] == name]
+    if not runs:
+        return
+    mean = [[statistics.fmean(at) for at in zip(*(run[m] for run in runs))] for m in ("recall_all", "validity")]
+    ax.plot(*mean, color=colour, lw=2 if name == "nll" else 1.4, ls="--" if name == WARM_UP else "-")
+    ax.plot(mean[0][15], mean[1][15], marker, color=colour, ms=8, mec="white", ls="-", label=name, zorder=5)
+
+
+def _recalls(ax: Axes, rows: Sequence[dict[str, Any]], task: str) -> None:
+    """Dots: seeds; bars: means. The measure of held-out answers beside that of all."""
+    ordered = sorted((row for row in rows if row["loss"] != BEFORE), key=lambda row: row["recall_all"]["mean"])
+    for measure, colour, label in (("recall_held_out", ORANGE, "held out"), ("recall_all", BLUE, "all answers")):
+        for y, row in enumerate(ordered):
+            spread = row[measure]
+            ax.plot(spread["values"], [y] * len(spread["values"]), "o", color=colour, ms=4.5, alpha=0.45, mew=0)
+            ax.plot([spread["mean"]], [y], "|", color=colour, ms=14, mew=2.5, label=label if y == 0 else None)
+    ax.set_yticks(range(len(ordered)), [row["loss"] for row in ordered])
+    ax.set(xlabel="recall", xlim=(-0.02, 1.02), title=f"{task}: best recall at validity {LEVEL}")
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="lower right")
