@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from . import calibration, functional, losses
+from . import calibration, diagnostics, functional, losses
+from .answer_trie import AnswerTrie
 from .backends import backends, use_backend
 from .calibration import CalibrationState, TemperatureFit, fit_temperature, fit_temperature_from
 from .curves import PRCurve, angles, f_beta, pr_curve
@@ -25,6 +26,7 @@ from .valid_sets import ValidSets
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerTrie",
     "CalibrationState",
     "PRCurve",
     "PRDivergence",
@@ -35,6 +37,7 @@ __all__ = [
     "angles",
     "backends",
     "calibration",
+    "diagnostics",
     "f_beta",
     "functional",
     "fit_temperature",

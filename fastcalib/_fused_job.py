@@ -20,6 +20,7 @@ from .losses._base import (
     reduce_loss,
     token_tensors,
 )
+from .losses._modules import as_module
 from .ops import TokenStatistics
 from .ops._arguments import normalise_temperature, outside, raise_bad_target, row_layout, row_of
 from .ops._gpu import in_one_launch
@@ -42,6 +43,7 @@ def make_job(
     ``given``: temperature, ignore_index, reduction, vocab_size, backend. ``wanting``: what a gradient is computed for,
     in words; empty where none is.
     """
+    loss_fn = as_module(loss_fn)
     settings = _settings(loss_fn, *given)
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     width = check_target(f"{caller}({name})", logits, target, settings.vocab_size)
@@ -92,13 +94,6 @@ class _Plain:
 def _settings(loss_fn: object, *given: Any) -> Any:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a loss module or a callable, got {type(loss_fn).__name__}")
-    ours = getattr(loss_fn, "__module__", "").startswith("fastcalib.losses.") and not isinstance(loss_fn, TokenLoss)
-    if ours or isinstance(loss_fn, type):  # nll and NLLLoss, where NLLLoss() is meant
-        kind, name = "class" if isinstance(loss_fn, type) else "function", getattr(loss_fn, "__name__", "")
-        raise TypeError(
-            "loss_fn must be a loss module such as fastcalib.losses.NLLLoss(), or a callable on the statistics, got "
-            f"the {kind} {name}"
-        )
     names = ("temperature", "ignore_index", "reduction", "vocab_size", "backend")
     settings = loss_fn.settings if isinstance(loss_fn, TokenLoss) else _Plain()
     return replace(settings, **{k: v for k, v in zip(names, given) if v is not None})

@@ -46,7 +46,8 @@ def fused_loss(
     Args:
         logits: (*, V), float32, bfloat16, float16 or float64.
         target: integer token ids, (*).
-        loss_fn: a module of :mod:`fastcalib.losses`, or any callable
+        loss_fn: a module of :mod:`fastcalib.losses`, one of its functions or a partial of one (``losses.nll``,
+            ``partial(losses.tailr, gamma=1e-3)``), or any callable
             ``loss_fn(stats: TokenStatistics, target, **token_args) -> loss``, all shaped (n,), that treats tokens one
             by one and is differentiable in the statistics. The values that it gives to ignored tokens do not matter. An
             attribute ``temperatures`` (K numbers) on a callable asks for statistics at these multiples of

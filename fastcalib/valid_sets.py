@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,14 +69,26 @@ class ValidSets:
         self._raise_on_duplicate()
 
     def _raise_on_duplicate(self) -> None:
-        values, rows = self.values, self.rows()
-        order = torch.argsort(values, stable=True)
-        order = order[torch.argsort(rows[order], stable=True)]
-        v, r = values[order], rows[order]
-        twice = (v[1:] == v[:-1]) & (r[1:] == r[:-1])
+        values = self.values
+        if values.numel() < 2:
+            return
+        rises = values[1:] > values[:-1]
+        between = self.offsets[1:-1] - 1  # from the last id of a set to the first of the next
+        rises[between[(between >= 0) & (between < rises.numel())]] = True
+        if rises.all():  # sets in increasing order, as masks and tries give them: no sort
+            return
+        # One sort of (set, id) as one number: numpy's is several times torch's on a CPU.
+        span = int(values.max()) + 1
+        if len(self) * span >= 2**63:
+            values = values.unique(return_inverse=True)[1]
+            span = int(values.max()) + 1
+        key = self.rows() * span + values
+        key = key.sort().values if key.is_cuda else torch.from_numpy(np.sort(key.cpu().numpy()))
+        twice = key[1:] == key[:-1]
         if twice.any():
-            first = int(twice.nonzero()[0])
-            raise ValueError(f"ValidSets: token id {int(v[first])} stands twice in set {int(r[first])}")
+            row = int(key[1:][twice][0]) // span
+            ids, counts = self.values[self.offsets[row] : self.offsets[row + 1]].unique(return_counts=True)
+            raise ValueError(f"ValidSets: token id {int(ids[counts > 1][0])} stands twice in set {row}")
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1

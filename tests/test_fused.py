@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -421,3 +422,27 @@ def test_bad_losses_and_targets() -> None:
     with pytest.raises(ValueError, match=r"loss_fn\.scale requires a gradient"):
         fused_loss(logits, TARGET, Learned())
     fused_loss(logits, TARGET, Learned().requires_grad_(False))
+
+
+FUNCTIONS = {
+    "nll": (losses.nll, losses.NLLLoss()),
+    "partial": (
+        partial(losses.tailr, gamma=0.1, label_smoothing=0.1),
+        losses.TailrLoss(gamma=0.1, label_smoothing=0.1),
+    ),
+    "partial of a partial": (partial(partial(losses.gce, k=0.2), k=0.5), losses.GCELoss(k=0.5)),
+    "two temperatures": (losses.gem, losses.GEMLoss()),
+}
+
+
+@pytest.mark.parametrize("function, module", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_loss_function_serves_as_its_module(function, module):
+    logits = sharp_logits().requires_grad_()
+    value = fused_loss(logits, TARGET, function)
+    assert torch.equal(value, fused_loss(logits, TARGET, module))
+    assert value.item() == pytest.approx(function(logits, TARGET).item(), rel=1e-6)  # chunks sum in another order
+
+
+def test_a_function_that_lacks_its_numbers_says_so():
+    with pytest.raises(TypeError, match="lam"):
+        fused_loss(sharp_logits(), TARGET, losses.lambda_pr)

@@ -189,6 +189,20 @@ def test_ignored_rows_are_not_computed(backend: str) -> None:
     assert (layer.hidden.grad[3] == 0).all()
 
 
+@pytest.mark.parametrize("ranks", [False, True], ids=["no ranks", "ranks"])
+@pytest.mark.parametrize("shape", [(3,), (3, 2)], ids=str)
+def test_every_row_ignored(shape: tuple[int, ...], ranks: bool, backend: str) -> None:
+    layer = exact_layer(3, 40, bias=True)
+    index = torch.full(shape, -100)
+    got = run(layer, index, [0.5, 1.0], ranks=ranks, backend=backend)
+    want = stats(layer.logits(), index, [0.5, 1.0], ranks=ranks, backend=backend)
+    for name, value in want._asdict().items():
+        found = got._asdict()[name]
+        assert (found is None) == (value is None) and (value is None or torch.equal(found, value)), name
+    (got.entropy.sum() + got.log_prob.sum()).backward()
+    assert all(leaf.grad is not None and (leaf.grad == 0).all() for leaf in layer.leaves)
+
+
 def test_leading_dimensions_strides_and_no_rows(backend: str) -> None:
     layer = exact_layer(12, V)
     for hidden in (

@@ -62,7 +62,7 @@ def told(call: Callable[[], object], error: type[Exception], words: str) -> pyte
         told(lambda: losses.TruncLoss(buffer_size=1.5), TypeError, "^trunc: buffer_size must be an int, got 1.5"),
         told(lambda: LOSS(Z, Y, reduction="sum"), TypeError, "^nll: reduction goes to the module's constructor"),
         told(lambda: fastcalib.fused_loss(Z, Y, losses.NLLLoss), TypeError, r"NLLLoss\(\), .* got the class NLLLoss"),
-        told(lambda: fastcalib.fused_loss(Z, Y, losses.nll), TypeError, r"NLLLoss\(\), .* got the function nll"),
+        told(lambda: fastcalib.fused_loss(Z, Y, losses.trunc), TypeError, r"TruncLoss\(\), .* got the function trunc"),
         told(
             lambda: functional.cross_entropy(Z, Y, label_smoothing="0.1"), TypeError, "label_smoothing must be a numb"
         ),

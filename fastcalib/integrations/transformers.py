@@ -17,6 +17,7 @@ from ..fused import fused_loss
 from ..linear import linear_loss
 from ..losses import NLLLoss
 from ..losses._base import TokenLoss
+from ..losses._modules import as_module
 
 __all__ = ["CausalLMLoss", "LinearLossMixin", "sequence_positions", "shift_labels"]
 
@@ -120,7 +121,7 @@ class CausalLMLoss:
         vocab_size: int | None = None,
         shift: bool = True,
     ) -> None:
-        self.loss_fn = NLLLoss() if loss_fn is None else loss_fn
+        self.loss_fn = NLLLoss() if loss_fn is None else as_module(loss_fn)
         self.inplace_backward = inplace_backward
         self.vocab_size = vocab_size
         self.shift = shift
@@ -193,16 +194,17 @@ class LinearLossMixin:
         rest = {k: v for k, v in inputs.items() if k != "labels"}
         hidden = _hidden_states(model, head, {**rest, "use_cache": False})
         target = shift_labels(labels).to(hidden.device)
+        loss_fn = as_module(self.loss_fn)
         loss = linear_loss(
             hidden,
             head.weight,
             target,
-            self.loss_fn,
+            loss_fn,
             bias=head.bias,
             num_items_in_batch=num_items_in_batch,
             chunk_size=self.chunk_size,
             **_logit_transform(plain),
-            **_token_arguments(self.loss_fn, target, _packed(rest, target)),
+            **_token_arguments(loss_fn, target, _packed(rest, target)),
         )
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is not None and getattr(trainer.args, "average_tokens_across_devices", False):

@@ -72,13 +72,13 @@ def _put(t: Tensor, at: Tensor, size: int, axis: int, fill: int = 0) -> Tensor:
 
 def _spread(packed: Sequence[Tensor], rows: Rows) -> list[Tensor]:
     """The packed results in their place among all rows: 0, and argmax -1, for those left out."""
-    assert rows.kept is not None
+    assert rows.kept is not None and rows.ids is not None
     tokens, out = rows.tokens(), []
     for i, (t, axis) in enumerate(zip(packed, ROW_AXIS)):
         if i not in OF_TOKENS:
             out.append(_put(t, rows.kept, rows.n_rows, axis, -1 if i == 3 else 0))
         elif t.shape[0] == tokens.shape[0]:
-            out.append(_put(t, tokens, rows.n_rows * t.shape[0] // max(rows.kept.shape[0], 1), axis))
+            out.append(_put(t, tokens, rows.n_rows * rows.ids.per_row, axis))
         else:  # counts that were not asked for
             out.append(t)
     return out
