@@ -79,14 +79,14 @@ def compounding(trie: AnswerTrie, keeps: Tensor, kept: Tensor, *, counts: Tensor
         node = int(inner[at[0]])
         raise ValueError(
             f"compounding: node {node} keeps {int(kept_valid[tuple(at)])} valid tokens but "
-            f"{int(kept[tuple([node, *at[1:]])])} tokens in all; keeps and kept must be of one rule and temperature"
+            f"{int(kept[node][tuple(at[1:])])} tokens in all; keeps and kept must be of one rule and temperature"
         )
     below = torch.segment_reduce(counts[1:], "sum", lengths=size, axis=0, unsafe=True)
     if not torch.allclose(below, counts[inner], rtol=1e-9):
         raise ValueError("compounding: the counts of a node's children must add up to its own")
-    drawn = keeps[1:] / kept[parent].clamp(min=1)  # what the kept set does not have is not kept: 0 of 1
+    drawn = keeps[1:].double() / kept[parent].clamp(min=1)  # what the kept set does not have is not kept: 0 of 1
     told = (counts[1:] / counts[parent]).reshape(-1, *(1,) * (keeps.dim() - 1))
-    alpha, precision = _factors(trie, drawn.double())
+    alpha, precision = _factors(trie, drawn)
     beta, recall = _factors(trie, keeps[1:] * told)
     return Compounding(alpha, beta, precision, recall)
 
