@@ -23,8 +23,10 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 SANITIZED := build/sanitized-package
 # float64 stays on plain PyTorch on a GPU; 262,144 columns and every size up to 80 take hours there and add nothing.
 GPU_GRID = -k "not float64 and not gradcheck and not 262144 and not every_small_size and not every_token and not cold_and_hot"
-KERNEL_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py) \
+GRID_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py) \
 	tests/test_edge_cases.py tests/test_determinism.py tests/test_fused.py tests/test_long_rows.py tests/test_moments.py
+# Whatever reaches the C++ kernels: linear layers and distributions too, whose Triton kernels have emulated tests of their own.
+SANITIZE_TESTS = $(GRID_TESTS) $(filter-out tests/test_pr_triton.py,$(wildcard tests/test_linear_*.py tests/test_pr_*.py))
 
 # A CUDA compiler without a toolkit: 271 MB from PyPI. Needs neither a GPU nor a driver.
 CUDA_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
@@ -45,7 +47,7 @@ test: $(VENV)/.all $(VENV)/.extension
 # need an nvcc (build-cuda brings one).
 prove: $(VENV)/.all $(VENV)/.extension
 	$(BIN)/pytest -m prove tests $(ARGS)
-	FASTCALIB_TEST_BACKENDS="triton-sm80 triton-sm90" $(BIN)/pytest $(KERNEL_TESTS) $(GPU_GRID) $(ARGS)
+	FASTCALIB_TEST_BACKENDS="triton-sm80 triton-sm90" $(BIN)/pytest $(GRID_TESTS) $(GPU_GRID) $(ARGS)
 
 bench: $(VENV)/.all $(VENV)/.extension
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -62,7 +64,7 @@ sanitize: $(SANITIZED)/.stamp
 	PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest --capture=sys -m "not slow and not prove" $(KERNEL_TESTS) $(ARGS)
+	$(BIN)/pytest --capture=sys -m "not slow and not prove" $(SANITIZE_TESTS) $(ARGS)
 
 # The extension with its CUDA kernels, also on a machine without a GPU.
 build-cuda: $(VENV)/.nvcc

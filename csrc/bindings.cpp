@@ -165,6 +165,33 @@ int64_t ranks(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t 
     return kernels().ranks(a);
 }
 
+int64_t cutoffs(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+                int64_t vocab, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t rules,
+                int64_t rule_count, bool last, uintptr_t ids, uintptr_t offsets, uintptr_t counts, uintptr_t threshold,
+                uintptr_t kept, uintptr_t mass, bool valid, uintptr_t keeps, uintptr_t kept_valid, uintptr_t valid_mass,
+                uintptr_t kept_counts, uintptr_t total_counts, int threads) {
+    CutoffsArgs a;
+    a.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
+    a.vocab = vocab;
+    a.temperatures = temperatures(temperature, temperature_rows, temperature_count);
+    a.rules = ptr<const double>(rules);
+    a.rule_count = rule_count;
+    a.last = last;
+    a.sets = selection(ids, 0, offsets, -1);
+    a.counts = ptr<const double>(counts);
+    a.threshold = ptr(threshold);
+    a.kept = ptr<int64_t>(kept);
+    a.mass = ptr(mass);
+    a.valid = valid;
+    a.keeps = ptr<uint8_t>(keeps);
+    a.kept_valid = ptr<int64_t>(kept_valid);
+    a.valid_mass = ptr(valid_mass);
+    a.kept_counts = ptr<double>(kept_counts);
+    a.total_counts = ptr<double>(total_counts);
+    a.threads = threads;
+    return kernels().cutoffs(a);
+}
+
 void softmax_forward(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
                      int64_t vocab, int64_t width, uintptr_t temperature, int64_t temperature_rows, uintptr_t out,
                      uintptr_t logsumexp, bool log, int threads) {
@@ -272,6 +299,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("statistics_head_bytes") = sizeof(Head);
     m.attr("statistics_sums_bytes") = sizeof(Sums);
     m.def("ranks", &ranks, release);
+    m.def("cutoffs", &cutoffs, release);
     m.def("softmax_forward", &softmax_forward, release);
     m.def("softmax_backward", &softmax_backward, release);
     m.def("pr_divergence_forward", &pr_divergence_forward, release);

@@ -37,7 +37,7 @@ def ragged(rows: Any, *, what: str, row: str) -> tuple[Ints, Ints]:
                 f"{what}: offsets must start at 0, never decrease and end at the number of values ({values.size})"
             )
     else:
-        values, offsets = _from_lists(rows, what, row)
+        values, offsets = from_sequences(rows, what, row)
     if values.size and values.min() < 0:
         at = int(np.flatnonzero(values < 0)[0])
         which = int(np.searchsorted(offsets, at, side="right")) - 1
@@ -58,7 +58,8 @@ def _integers(column: Any, name: str, what: str) -> Ints:
     return np.ascontiguousarray(numbers, dtype=np.int64)
 
 
-def _from_lists(rows: Iterable[Sequence[int]], what: str, row: str) -> tuple[Ints, Ints]:
+def from_sequences(rows: Iterable[Sequence[int]], what: str, row: str) -> tuple[Ints, Ints]:
+    """Values and offsets of an iterable of sequences of integers; see :func:`ragged`."""
     rows = rows if isinstance(rows, (list, tuple)) else list(rows)
     try:
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))

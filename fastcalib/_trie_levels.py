@@ -132,7 +132,8 @@ def build_levels(values: Ints, offsets: Ints, order: Ints, answer: Ints, weight:
         node = nodes + np.cumsum(new) - 1
         nodes += first.size
         place, parent = place[~ends], node[~ends]
-    return Levels(**{name: np.concatenate(column) for name, column in columns.items()})
+    # Each column's parts go as soon as it is whole: both together are several gigabytes for millions of answers.
+    return Levels(**{name: np.concatenate(columns.pop(name)) for name in [*columns]})
 
 
 class PrefixOfAnother(Exception):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._ragged import Ints, as_tensor, ragged
+from ._answer_texts import all_segmentations, canonical, check_texts
+from ._ragged import as_tensor, ragged
+from ._trie_arguments import checked_index, checked_weights, shown, with_end_token
 from ._trie_levels import (
     Levels,
     PrefixOfAnother,
-    append_token,
     build_levels,
     equal_to_previous,
     lexicographic_order,
@@ -195,13 +196,13 @@ class AnswerTrie:
         if sequences == 0:
             raise ValueError("from_token_ids: there are no answers; a trie needs at least one")
         if end_token is not None:
-            values, offsets = _with_end_token(values, offsets, end_token)
+            values, offsets = with_end_token(values, offsets, end_token)
         elif (empty := np.flatnonzero(np.diff(offsets) == 0)).size:
             raise ValueError(f"from_token_ids: answer {empty[0]} is empty; leave it out, or give an end_token")
         order = lexicographic_order(values, offsets)
-        weight = _weights(weights, sequences)
+        weight = checked_weights(weights, sequences)
         weight = weight if weight is None else weight[order]
-        index = _answer_index(answer_index, sequences)
+        index = checked_index(answer_index, sequences)
         again = equal_to_previous(values, offsets, order)
         if again.any():
             first = np.flatnonzero(~again)
@@ -210,7 +211,7 @@ class AnswerTrie:
                 pair = sorted(order[at - 1 : at + 1].tolist())
                 raise ValueError(
                     f"from_token_ids: answers {pair[0]} and {pair[1]} are the same, "
-                    f'{_shown(values, offsets, pair[0])}; drop one or say duplicates="merge"'
+                    f'{shown(values, offsets, pair[0])}; drop one or say duplicates="merge"'
                 )
             order = np.minimum.reduceat(order, first)
             weight = weight if weight is None else np.add.reduceat(weight, first)
@@ -219,10 +220,77 @@ class AnswerTrie:
         except PrefixOfAnother as found:
             short, long = found.args
             raise ValueError(
-                f"from_token_ids: answer {short}, {_shown(values, offsets, short)}, is the beginning of answer {long}, "
-                f"{_shown(values, offsets, long)}: nothing would say that it ends there. Give an end_token"
+                f"from_token_ids: answer {short}, {shown(values, offsets, short)}, is the beginning of answer {long}, "
+                f"{shown(values, offsets, long)}: nothing would say that it ends there. Give an end_token"
             ) from None
         return cls(*_fields(levels))
+
+    @classmethod
+    def from_texts(
+        cls,
+        tokenizer: Any,
+        texts: Iterable[str],
+        *,
+        prompt: str = "",
+        end_token: int | Literal["eos"] | None = "eos",
+        tokenisations: Literal["canonical", "all"] = "canonical",
+        shared: Literal["prompt", "answer"] = "prompt",
+        weights: Tensor | Sequence[float] | None = None,
+        duplicates: Literal["error", "merge"] = "error",
+        add_special_tokens: bool = True,
+        max_sequences: int = 100_000,
+    ) -> AnswerTrie:
+        """From answers as text, which follow a prompt. Nothing is put between the two, not even a space.
+
+        Args:
+            tokenizer: of transformers; ``tokenisations="all"`` needs a fast one.
+            texts: the answers. Prompt and answer are tokenised together.
+            prompt: what comes before every answer, a chat template's markup included.
+            end_token: the id that says that an answer ends, ``"eos"`` for the tokenizer's own, None for none. For a
+                separator in words, such as a line break, put it at the end of the texts and say None.
+            tokenisations: ``"canonical"``, the tokenizer's own; ``"all"``, every sequence of ordinary tokens that
+                decodes to the same text: a model can say an answer in each of these ways. ``weights`` are divided
+                evenly among them.
+            shared: tokens that every answer begins with, such as the lone space that some tokenizers put before a
+                digit, are ``"prompt"`` (the trie begins after them) or part of the ``"answer"`` (then the trie begins
+                where the prompt's own tokens end).
+            weights, duplicates: as for :meth:`from_token_ids`.
+            add_special_tokens: let the tokenizer put its own tokens (such as a beginning of sequence) before the
+                prompt; False for a prompt from a chat template, which has them.
+            max_sequences: the most sequences that ``tokenisations="all"`` may find.
+
+        Returns:
+            The trie; its ``prompt`` is what the model reads before the root, without padding.
+
+        Raises:
+            ValueError: as :meth:`from_token_ids`, no end-of-sequence token, or more than ``max_sequences``.
+            TypeError: texts that are no strings.
+        """
+        texts = check_texts(texts, prompt, tokenisations, shared)
+        end = tokenizer.eos_token_id if end_token == "eos" else end_token
+        if end is None and end_token is not None:
+            raise ValueError("from_texts: the tokenizer has no eos_token_id; give the id as end_token, or None")
+        found = canonical(
+            tokenizer,
+            texts,
+            prompt,
+            shared=shared,
+            add_special_tokens=add_special_tokens,
+            may_be_empty=end is not None,
+        )
+        if tokenisations == "all":
+            found = all_segmentations(tokenizer, found, max_sequences)
+        weight = checked_weights(weights, len(texts))
+        if weight is not None:
+            weight = (weight / np.bincount(found.text, minlength=len(texts)))[found.text]
+        trie = cls.from_token_ids(
+            (found.values, found.offsets),
+            end_token=end,
+            weights=weight,
+            duplicates=duplicates,
+            answer_index=as_tensor(found.text),
+        )
+        return replace(trie, prompt=as_tensor(found.prompt))
 
 
 def _fields(levels: Levels) -> list[Tensor]:
@@ -231,45 +299,3 @@ def _fields(levels: Levels) -> list[Tensor]:
     columns = {**vars(levels), "first_child": first_child}
     names = ("token", "parent", "first_child", "count", "weight", "depth", "answer")
     return [as_tensor(columns[name]) for name in names]
-
-
-def _with_end_token(values: Ints, offsets: Ints, end_token: int) -> tuple[Ints, Ints]:
-    if isinstance(end_token, bool) or not isinstance(end_token, int) or end_token < 0:
-        raise ValueError(f"from_token_ids: end_token must be a token id >= 0 or None, got {end_token!r}")
-    inside = np.flatnonzero(values == end_token)
-    if inside.size:
-        which = int(np.searchsorted(offsets, inside[0], side="right")) - 1
-        raise ValueError(
-            f"from_token_ids: answer {which} holds the end token {end_token} already; if answers bring their own, "
-            "leave end_token out"
-        )
-    return append_token(values, offsets, end_token)
-
-
-def _weights(weights: Any, sequences: int) -> Any:
-    if weights is None:
-        return None
-    numbers = torch.as_tensor(weights).detach().cpu().to(torch.float64)
-    if numbers.shape != (sequences,) or not bool((numbers > 0).all()) or not bool(numbers.isfinite().all()):
-        raise ValueError(
-            f"from_token_ids: weights must be one positive, finite number for each of the {sequences} answers, got "
-            f"{numbers!r:.80}"
-        )
-    return numbers.numpy()
-
-
-def _answer_index(answer_index: Any, sequences: int) -> Any:
-    if answer_index is None:
-        return None
-    index = torch.as_tensor(answer_index)
-    if index.shape != (sequences,) or index.is_floating_point() or index.dtype == torch.bool or int(index.min()) < 0:
-        raise ValueError(
-            f"from_token_ids: answer_index must be one integer >= 0 for each of the {sequences} answers, got "
-            f"{index!r:.80}"
-        )
-    return index.cpu().to(torch.int64).numpy()
-
-
-def _shown(values: Ints, offsets: Ints, sequence: int) -> str:
-    ids = values[offsets[sequence] : offsets[sequence + 1]].tolist()
-    return str(ids) if len(ids) <= 12 else f"[{', '.join(map(str, ids[:12]))}, ...]"

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._ragged import as_tensor, from_arrow, from_sequences, ragged
 
 
 def _describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
     return "a nested tensor" if value.is_nested else f"{value.dtype} {tuple(value.shape)}"
+
+
+def _check_vocab_size(what: str, vocab_size: int) -> None:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ValueError(f"{what}: vocab_size must be a positive int, got {vocab_size!r}")
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,44 @@ class ValidSets:
         values, offsets = self.values.tolist(), self.offsets.tolist()
         return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
+    def to_mask(self, vocab_size: int) -> Tensor:
+        """The sets as a bool mask (N, vocab_size).
+
+        Raises:
+            ValueError: an id at or beyond ``vocab_size``.
+
+        Example:
+            >>> ValidSets.from_lists([[0, 2]]).to_mask(4)
+            tensor([[ True, False,  True, False]])
+        """
+        self._check_fits("to_mask", vocab_size)
+        mask = torch.zeros(len(self), vocab_size, dtype=torch.bool, device=self.values.device)
+        mask[self.rows(), self.values] = True
+        return mask
+
+    def to_bitmask(self, vocab_size: int) -> Tensor:
+        """The sets as the packed masks of grammar engines, int32 (N, ceil(vocab_size / 32)): see :meth:`from_bitmask`.
+
+        Raises:
+            ValueError: an id at or beyond ``vocab_size``.
+
+        Example:
+            >>> ValidSets.from_lists([[0, 31, 32]]).to_bitmask(40)
+            tensor([[-2147483647,           1]], dtype=torch.int32)
+        """
+        self._check_fits("to_bitmask", vocab_size)
+        words = (vocab_size + 31) // 32
+        flat = torch.zeros(len(self) * words, dtype=torch.int32, device=self.values.device)
+        bit = torch.ones_like(self.values, dtype=torch.int32) << (self.values & 31).to(torch.int32)
+        # No id stands twice, so the sum of the bits is their union; bit 31 is the sign.
+        flat.index_add_(0, self.rows() * words + (self.values >> 5), bit)
+        return flat.view(len(self), words)
+
+    def _check_fits(self, what: str, vocab_size: int) -> None:
+        _check_vocab_size(what, vocab_size)
+        if self.values.numel() and (largest := int(self.values.max())) >= vocab_size:
+            raise ValueError(f"{what}: token id {largest} does not fit into vocab_size={vocab_size}")
+
     @classmethod
     def from_lists(cls, sets: Iterable[Sequence[int]]) -> ValidSets:
         """From any iterable of sequences of ids.
@@ -118,16 +163,8 @@ class ValidSets:
             >>> ValidSets.from_lists([[5], [2, 4]]).offsets.tolist()
             [0, 1, 3]
         """
-        rows = []
-        for row, ids in enumerate(sets):
-            try:
-                rows.append([*map(operator.index, ids)])  # not int(), which would round 1.5 and read "1"
-            except TypeError:
-                raise TypeError(
-                    f"from_lists: set {row} must be a sequence of integers (token ids), got {ids!r:.60}"
-                ) from None
-        sizes = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int64)
-        return cls(torch.tensor([v for r in rows for v in r], dtype=torch.int64), sizes.cumsum(0))
+        values, offsets = from_sequences(sets, "from_lists", "set")
+        return cls(as_tensor(values), as_tensor(offsets))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> ValidSets:
@@ -154,8 +191,7 @@ class ValidSets:
             >>> ValidSets.from_bitmask(torch.tensor([[-2147483647, 1]], dtype=torch.int32), 40).to_lists()
             [[0, 31, 32]]
         """
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
-            raise ValueError(f"from_bitmask: vocab_size must be a positive int, got {vocab_size!r}")
+        _check_vocab_size("from_bitmask", vocab_size)
         words = (vocab_size + 31) // 32
         fits = isinstance(bitmask, Tensor) and bitmask.dtype == torch.int32 and bitmask.dim() > 0
         if not fits or bitmask.shape[-1] < words:
@@ -163,9 +199,66 @@ class ValidSets:
                 f"from_bitmask: needs an int32 tensor (*, {words}) for vocab_size={vocab_size}, got "
                 f"{_describe(bitmask)}"
             )
+        bitmask = bitmask[..., :words].reshape(math.prod(bitmask.shape[:-1]), words)
+        row, word = bitmask.nonzero().unbind(1)  # most words of most masks are empty: 32 bits of the others alone
         bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
-        mask = ((bitmask[..., :words, None] >> bits) & 1).bool().flatten(-2)
-        return cls.from_mask(mask[..., :vocab_size])
+        at, bit = ((bitmask[row, word, None] >> bits) & 1).nonzero().unbind(1)
+        values = word[at] * 32 + bit
+        real = values < vocab_size
+        sizes = torch.bincount(row[at][real], minlength=bitmask.shape[0])
+        return cls(values[real], torch.cat((sizes.new_zeros(1), sizes.cumsum(0))))
+
+    @classmethod
+    def from_arrow(cls, column: Any) -> ValidSets:
+        """From a pyarrow array or column of lists of ids, one a row; sliced and chunked ones too.
+
+        Raises:
+            ImportError: no pyarrow.
+            TypeError: no lists of integers.
+            ValueError: a null row (an unknown set is not an empty one), and as :class:`ValidSets`.
+
+        Example:
+            >>> import pyarrow
+            >>> ValidSets.from_arrow(pyarrow.array([[9], [3, 1], []])[1:]).to_lists()
+            [[3, 1], []]
+        """
+        values, offsets = from_arrow(column, what="from_arrow", row="set")
+        return cls(as_tensor(values), as_tensor(offsets))
+
+    @classmethod
+    def from_prefix_allowed_tokens_fn(
+        cls,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], Any],
+        input_ids: Tensor | Iterable[Tensor | Sequence[int]],
+        *,
+        num_beams: int = 1,
+    ) -> ValidSets:
+        """From the function that transformers' ``generate`` takes, called for each sequence of ids.
+
+        Args:
+            prefix_allowed_tokens_fn: (batch_id, input_ids (length,)) -> the ids that may come next. An empty answer is
+                an empty set; to ``generate`` it is an error.
+            input_ids: int64 (N, length), or N sequences of different lengths.
+            num_beams: sequences a batch entry: sequence i is of batch ``i // num_beams``, as ``generate`` has it.
+
+        Raises:
+            TypeError: an answer that is no sequence of integers.
+            ValueError: as :class:`ValidSets`; an id twice in one answer, which transformers lets pass, among them.
+
+        Example:
+            >>> after = {1: [2, 3], 2: [0]}
+            >>> allowed = lambda batch_id, ids: after[int(ids[-1])]
+            >>> ValidSets.from_prefix_allowed_tokens_fn(allowed, torch.tensor([[5, 1], [5, 2]])).to_lists()
+            [[2, 3], [0]]
+        """
+        if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
+            raise ValueError(f"from_prefix_allowed_tokens_fn: num_beams must be a positive int, got {num_beams!r}")
+        answers = []
+        for number, ids in enumerate(input_ids):
+            allowed = prefix_allowed_tokens_fn(number // num_beams, torch.as_tensor(ids))
+            answers.append(allowed.tolist() if isinstance(allowed, Tensor) else allowed)
+        values, offsets = ragged(answers, what="from_prefix_allowed_tokens_fn", row="answer")
+        return cls(as_tensor(values), as_tensor(offsets))
 
     @classmethod
     def from_jagged(cls, nested: Tensor) -> ValidSets:

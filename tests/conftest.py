@@ -13,6 +13,7 @@ import fastcalib
 from fastcalib.backends import extension
 
 from . import gpu as gpu_tools
+from . import gpu_devices
 
 backends_module = importlib.import_module("fastcalib.backends")  # the package has a function of that name
 
@@ -51,9 +52,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, names, indirect=True)
     if "gpu" in metafunc.fixturenames:
-        # FASTCALIB_TEST_GPU=emulated-sm90 (Triton) or emulated-cuda-sm90 runs the bodies that need no real GPU.
+        # FASTCALIB_TEST_GPU=emulated-sm90 (Triton) or emulated-cuda-sm90 runs the bodies that need no real GPU; stand-in
+        # all of them, on the CPU's kernels, which is what test_gpu_device.py has where there is no GPU.
         live = os.environ.get("FASTCALIB_TEST_GPU", "").split() or gpu_tools.LIVE
         without = "emulated-sm90" if metafunc.function.__name__ in GPU_EMULATED else "none"
+        if here == "gpu_device" and CPP_IS_LIVE:
+            without = "stand-in"
         metafunc.parametrize("gpu", live or [without], indirect=True)
 
 
@@ -78,7 +82,7 @@ def _activate(name: str) -> Iterator[str]:
         return
     if name.startswith("carried-sm"):
         with (
-            gpu_tools.emulated(int(name.removeprefix("carried-sm"))),
+            gpu_devices.emulated(int(name.removeprefix("carried-sm"))),
             gpu_tools.carrying("cpu", "triton") as backend,
         ):
             yield backend
@@ -106,19 +110,19 @@ def cpp_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def gpu(request: pytest.FixtureRequest) -> Iterator[gpu_tools.Device]:
+def gpu(request: pytest.FixtureRequest) -> Iterator[gpu_devices.Device]:
     """A GPU with one kind of kernels; skipped where there is none."""
     if request.param == "none":
         pytest.skip("torch sees no CUDA device")
-    with gpu_tools.open_device(request.param) as device:
+    with gpu_devices.open_device(request.param) as device:
         yield device
 
 
 @pytest.fixture
-def real_gpu(gpu: gpu_tools.Device) -> gpu_tools.Device:
-    """The same for what an emulator does not have: streams, graphs, an allocator, several devices."""
+def real_gpu(gpu: gpu_devices.Device) -> gpu_devices.Device:
+    """The same for what an emulator does not have: streams, graphs, an allocator, several devices. Or a stand-in."""
     if gpu.emulated:
-        pytest.skip("needs a real GPU")
+        pytest.skip("needs a real GPU or a stand-in")
     return gpu
 
 

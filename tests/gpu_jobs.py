@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fastcalib import ValidSets, losses
 
 from .losses import CASES
 
+chunks = importlib.import_module("fastcalib.ops._linear_chunks")
 # (logits (N, V), a leaf that requires a gradient; target (N,); backend) -> results and the gradient, on the device
 Job = Callable[[Tensor, Tensor, str], tuple[Tensor, ...]]
 
@@ -103,6 +106,59 @@ def _fused(loss_fn: torch.nn.Module, inplace: bool) -> Job:
     return run
 
 
+def fused_loss_in_one_launch(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """More rows than the largest GPU has multiprocessors (188), from where on the Triton kernels look once."""
+    rows = z.repeat(24, 1)
+    loss_fn = losses.NLLLoss(label_smoothing=0.1)
+    loss = fastcalib.fused_loss(rows, target.repeat(24), loss_fn, backend=backend, inplace_backward=True)
+    return loss.detach(), *_gradient(loss, z)
+
+
+def _layer(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and a weight whose logits are z to the bit, whatever the order in which a product is summed."""
+    return torch.eye(len(z), dtype=z.dtype, device=z.device).requires_grad_(), z.t().contiguous()
+
+
+def linear_statistics(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    hidden, weight = _layer(z)
+    with mock.patch.object(chunks, "ROW_BYTES", 3 * z[0].nbytes):  # chunks of three rows and a rest
+        s = fastcalib.linear_statistics(hidden, weight, target, 0.7, logit_softcap=30.0, ranks=True, backend=backend)
+        (of_logits,) = _gradient(s.log_prob.sum() - s.entropy.sum(), z)
+    return *(t for t in s if t is not None), of_logits
+
+
+def linear_ranks(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    ids = torch.stack([target, (target + 1) % z.shape[-1]], -1)
+    hidden, weight = _layer(z.detach())
+    return tuple(fastcalib.linear_ranks(hidden, weight, ids, temperature=0.7, chunk_size=3, backend=backend))
+
+
+def linear_loss(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """Gradients of the hidden states too: the softmax of a row times the weight, so a product in full."""
+    hidden, weight = _layer(z)
+    loss = fastcalib.linear_loss(hidden, weight, target, losses.FocalLoss(), chunk_size=3, backend=backend)
+    return loss.detach(), *_gradient(loss, z, hidden)
+
+
+def _needs_pr(backend: str) -> None:
+    if backend == "cuda":
+        pytest.skip("backend 'cuda' has no pr_divergence")
+
+
+def pr_divergence(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    _needs_pr(backend)
+    teacher = z.detach().roll(1, -1).requires_grad_()
+    t = (1.0 + target / z.shape[-1]).requires_grad_()
+    lam = [0.0, 0.5, 1.0, 2.0, float("inf")]
+    d = fastcalib.pr_divergence(z, teacher, lam, temperature=t, ignored=target == 2, backend=backend)
+    return d.alpha, d.beta, *_gradient(d.alpha.sum() + d.beta[:, :4].sum(), z, teacher, t)
+
+
+def pr_divergence_of_sets(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
+    d = fastcalib.pr_divergence(z, _sets(z.device), [0.5, 2.0], ignored=target == 2, backend=backend)
+    return d.alpha, d.beta, *_gradient(d.alpha.nan_to_num().sum(), z)
+
+
 def cross_entropy(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
     with fastcalib.use_backend(backend):
         loss = fastcalib.functional.cross_entropy(z, target, label_smoothing=0.1)
@@ -115,7 +171,8 @@ JOBS: dict[str, Job] = {
     f.__name__: f
     for f in (
         statistics, statistics_with_ranks, statistics_at_a_temperature_of_each_row, statistics_of_sets, ranks,
-        regularised, lambda_pr_at_a_position, cross_entropy,
+        regularised, lambda_pr_at_a_position, cross_entropy, fused_loss_in_one_launch, linear_statistics, linear_ranks,
+        linear_loss, pr_divergence, pr_divergence_of_sets,
     )
 }  # fmt: skip
 JOBS |= {"softmax": _dense(fastcalib.softmax), "log_softmax": _dense(fastcalib.log_softmax)}

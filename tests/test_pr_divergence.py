@@ -55,9 +55,9 @@ def test_every_vocabulary(backend, dtype, v):
     check(student, teacher, MANY, backend, f"V={v}, many") if v < 1_000 or v == 128_256 else None
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 23, 24, 27, 28, 39, 40, 64, 300])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 19, 20, 23, 24, 27, 28, 39, 40, 64, 300])
 def test_any_number_of_lambdas_in_any_order(backend, count):
-    """Groups of four, both crossings from comparisons to a search, powers of two of its table; values and gradient."""
+    """Groups of four, the crossings from comparisons to a search, powers of two of its table; values and gradient."""
     student, teacher = pair(3, 3_000, seed=count)
     g = cases.generator(count)
     lam = (4 * torch.randn(count, generator=g, dtype=torch.float64)).exp()
@@ -65,6 +65,28 @@ def test_any_number_of_lambdas_in_any_order(backend, count):
     wide = check(student, teacher, lam.tolist(), backend, f"L={count}")
     torch.testing.assert_close(wide.alpha.double(), got.alpha, rtol=4e-6, atol=0)
     check_gradient(student, teacher, lam.tolist(), backend, f"L={count}")
+
+
+CROWDS = {
+    "evenly spread": fastcalib.angles(60).tolist(),  # one or two in each cell of the table
+    "both limits": [0.0, INF, *fastcalib.angles(60).tolist(), INF, 0.0],
+    "a crowd and two far away": [1e-20, 1e20, *(1 + 1e-3 * torch.arange(58)).tolist()],  # too many in a cell: halving
+    "a step of the table apart": (2.0 ** torch.arange(-30, 30)).tolist(),
+    "two": [0.5, 2.0] * 30,
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_lambdas_spread_or_crowded(backend, crowd):
+    """However they lie: each token finds its place, masked ones on either or both sides and ties included."""
+    student, teacher = pair(4, 2_000, seed=1)
+    student[1, ::3], teacher[1, 5:900] = -INF, -INF
+    teacher[2, ::2] = student[2, ::2]
+    check(student, teacher, CROWDS[crowd], backend, crowd)
+    check_gradient(student, teacher, CROWDS[crowd], backend, crowd)
+    same = fastcalib.pr_divergence(student, student, CROWDS[crowd], backend=backend).alpha
+    want = torch.tensor(CROWDS[crowd], dtype=torch.float64).clamp(max=1).float().expand(4, -1)
+    torch.testing.assert_close(same, want, rtol=4e-6, atol=0)
 
 
 def test_twice_the_same_lambda(backend):

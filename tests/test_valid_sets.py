@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,6 +75,8 @@ def test_converters_agree(drawn):
     assert ValidSets.from_lists(lists).to_lists() == lists
     assert ValidSets.from_mask(mask_of(lists, v)).to_lists() == lists
     assert ValidSets.from_bitmask(bitmask_of(lists, v), v).to_lists() == lists
+    assert torch.equal(ValidSets.from_lists(lists).to_mask(v), mask_of(lists, v))
+    assert torch.equal(ValidSets.from_lists(lists).to_bitmask(v), bitmask_of(lists, v))
 
 
 def test_jagged():
@@ -84,6 +88,94 @@ def test_jagged():
     assert ValidSets.from_jagged(holes).to_lists() == [[1, 2, 3], [4]]
     with pytest.raises(TypeError, match=r"layout=torch\.jagged"):
         ValidSets.from_jagged(torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("v", [64, 65, 96, 100])
+def test_back_to_masks(v):
+    sets = ValidSets.from_lists(SETS)
+    assert torch.equal(sets.to_mask(v), mask_of(SETS, v)) and torch.equal(sets.to_bitmask(v), bitmask_of(SETS, v))
+    assert sets.to_bitmask(v).dtype == torch.int32 and sets.to_bitmask(v).shape == (4, (v + 31) // 32)
+    full = ValidSets.from_lists([range(v)])
+    assert torch.equal(full.to_bitmask(v), bitmask_of([range(v)], v))
+    none = ValidSets.from_lists([])
+    assert none.to_mask(v).shape == (0, v) and none.to_bitmask(v).shape == (0, (v + 31) // 32)
+
+
+@pytest.mark.parametrize("to", ["to_mask", "to_bitmask"])
+def test_masks_that_are_too_small(to):
+    with pytest.raises(ValueError, match=f"{to}: token id 63 does not fit into vocab_size=63"):
+        getattr(ValidSets.from_lists(SETS), to)(63)
+    with pytest.raises(ValueError, match="vocab_size must be a positive int, got 0"):
+        getattr(ValidSets.from_lists(SETS), to)(0)
+
+
+def test_arrow():
+    column = pa.array([[1], *SETS, [2, 2]])  # outside the slice ids may be anything
+    assert ValidSets.from_arrow(column.slice(1, 4)).to_lists() == SETS
+    chunks = pa.chunked_array([column[1:3], column[3:3], column[3:5]])
+    assert ValidSets.from_arrow(chunks).to_lists() == SETS
+    assert ValidSets.from_arrow(pa.array(SETS, pa.large_list(pa.int32()))).to_lists() == SETS
+    assert ValidSets.from_arrow(pa.chunked_array([], pa.list_(pa.int64()))).to_lists() == []
+    with pytest.raises(ValueError, match=r"from_arrow: set 2 is null; drop such rows"):
+        ValidSets.from_arrow(pa.chunked_array([[[1], [2]], [None]]))
+    with pytest.raises(ValueError, match="token id 2 stands twice in set 5"):
+        ValidSets.from_arrow(column)
+    with pytest.raises(TypeError, match="from_arrow: needs a column of lists of integers, got one of string"):
+        ValidSets.from_arrow(pa.array(["1"]))
+    with pytest.raises(TypeError, match="from_arrow: needs a pyarrow array or column of lists, got list"):
+        ValidSets.from_arrow([[1]])
+
+
+def test_arrow_without_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="from_arrow reads pyarrow columns and needs pyarrow: pip install pyarrow"):
+        ValidSets.from_arrow([[1]])
+
+
+def test_prefix_allowed_tokens_fn():
+    calls = []
+
+    def allowed(batch_id, input_ids):
+        calls.append((batch_id, input_ids.tolist()))
+        return [[4, 1], torch.tensor([7]), (), range(2)][len(calls) - 1]
+
+    ids = torch.tensor([[5, 1], [5, 2], [6, 1], [6, 2]])
+    sets = ValidSets.from_prefix_allowed_tokens_fn(allowed, ids, num_beams=2)
+    assert sets.to_lists() == [[4, 1], [7], [], [0, 1]]
+    assert calls == [(0, [5, 1]), (0, [5, 2]), (1, [6, 1]), (1, [6, 2])]
+    ragged = ValidSets.from_prefix_allowed_tokens_fn(lambda _, ids: ids, [[3, 1], torch.tensor([2]), []])
+    assert ragged.to_lists() == [[3, 1], [2], []]
+    with pytest.raises(TypeError, match=r"answer 0 must be a sequence of integers \(token ids\), got None"):
+        ValidSets.from_prefix_allowed_tokens_fn(lambda _, ids: None, ids)
+    with pytest.raises(ValueError, match="token id 1 stands twice in set 0"):
+        ValidSets.from_prefix_allowed_tokens_fn(lambda _, ids: [1, 1], ids)
+    with pytest.raises(ValueError, match="num_beams must be a positive int, got 0"):
+        ValidSets.from_prefix_allowed_tokens_fn(allowed, ids, num_beams=0)
+
+
+def test_the_same_sets_as_transformers_lets_through():
+    generation = pytest.importorskip("transformers.generation.logits_process")
+
+    def allowed(batch_id, input_ids):
+        return [int(input_ids[-1]), 10 + batch_id]
+
+    ids = torch.tensor([[5, 1], [5, 2], [6, 1], [6, 2]])
+    scores = generation.PrefixConstrainedLogitsProcessor(allowed, num_beams=2)(ids, torch.zeros(4, 20))
+    sets = ValidSets.from_prefix_allowed_tokens_fn(allowed, ids, num_beams=2)
+    assert torch.equal(sets.to_mask(20), scores == 0)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.lists(st.integers(0, 6), max_size=5), min_size=1, max_size=5), st.sampled_from([1, 2**40, 2**60]))
+def test_an_id_twice_is_found_wherever_it_stands(sets, spread):
+    """In sets that rise, where no sort is needed, in others, and where (set, id) fits into no 64 bits."""
+    sets = [[i * spread for i in s] for s in sets]
+    wrong = [(row, min(i for i in s if s.count(i) > 1)) for row, s in enumerate(sets) if len(set(s)) < len(s)]
+    if not wrong:
+        assert ValidSets.from_lists(sets).to_lists() == sets
+        return
+    with pytest.raises(ValueError, match=f"token id {wrong[0][1]} stands twice in set {wrong[0][0]}$"):
+        ValidSets.from_lists(sets)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,28 @@ struct RanksArgs {
     int threads = 1;
 };
 
+// Codes of the cutoff rules, as in fastcalib/ops/_cutoff_rules.py.
+enum CutoffRule : int { kKeepAll = 0, kTopK = 1, kTopP = 2, kMinP = 3, kEpsilon = 4, kEta = 5, kTopNSigma = 6, kSizeOracle = 7 };
+
+struct CutoffsArgs {
+    Matrix logits;
+    int64_t vocab = 0;
+    Temperatures temperatures;
+    const double* rules = nullptr;  // (R, 2): code and number
+    int64_t rule_count = 0;
+    bool last = false;              // the rules look at temperature 1, the masses at all of them
+    Selection sets;                 // null offsets: none
+    const double* counts = nullptr;  // (nnz,), or null: one each
+    void *threshold = nullptr, *mass = nullptr;  // (N, K, R)
+    int64_t* kept = nullptr;
+    bool valid = false;        // what follows is written
+    uint8_t* keeps = nullptr;  // (nnz, K, R)
+    int64_t* kept_valid = nullptr;
+    void* valid_mass = nullptr;
+    double *kept_counts = nullptr, *total_counts = nullptr;  // (N, K, R), (N,)
+    int threads = 1;
+};
+
 struct SoftmaxArgs {
     Matrix logits;  // forward: logits; backward: gradient of the output
     int64_t vocab = 0, width = 0;
@@ -136,6 +158,7 @@ struct Kernels {
     void (*statistics_chunk)(const StatisticsChunkArgs&);
     void (*statistics_from_state)(const StatisticsArgs&, const Head*, const Sums*);
     int64_t (*ranks)(const RanksArgs&);
+    int64_t (*cutoffs)(const CutoffsArgs&);
     void (*softmax)(const SoftmaxArgs&);
     void (*softmax_backward)(const SoftmaxArgs&);
     void (*pr_divergence)(const PairArgs&);

@@ -1,5 +1,6 @@
 // Every kernel for one instruction set. This file is compiled several times, with FASTCALIB_ISA naming the set.
 #include "api.h"
+#include "cutoffs.h"
 #include "pr_divergence.h"
 #include "pr_divergence_backward.h"
 #include "ranks.h"
@@ -60,6 +61,10 @@ const Kernels kernels = {
     [](const RanksArgs& a) {
         return by_dtype(a.logits.dtype, [&](auto t) { return ranks<decltype(t)>(a); },
                         [&](const Kernels& k) { return k.ranks(a); });
+    },
+    [](const CutoffsArgs& a) {
+        return by_dtype(a.logits.dtype, [&](auto t) { return cutoffs<decltype(t)>(a); },
+                        [&](const Kernels& k) { return k.cutoffs(a); });
     },
     [](const SoftmaxArgs& a) {
         by_dtype(a.logits.dtype, [&](auto t) { softmax<decltype(t)>(a); }, [&](const Kernels& k) { k.softmax(a); });

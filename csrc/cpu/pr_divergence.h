@@ -17,14 +17,16 @@
 #include <vector>
 
 #include "api.h"
+#include "places.h"
 #include "segment.h"
 #include "selection.h"
 
 namespace fastcalib::FASTCALIB_ISA {
 
-// Thresholds from which a search for the place among them is cheaper than a comparison with each.
-template <class S> constexpr int64_t search_from() { return S::has_gather ? 40 : 24; }
-template <class S> constexpr int64_t search_backward_from() { return S::has_gather ? 28 : 24; }
+// Thresholds from which a search for the place among them is cheaper than a comparison with each: one that has to halve its way,
+// and one by a table (places.h).
+template <class S> constexpr int64_t search_from(bool table) { return !S::has_gather ? 24 : table ? 28 : 40; }
+template <class S> constexpr int64_t search_backward_from(bool table) { return !S::has_gather ? 24 : table ? 20 : 28; }
 
 // vector::assign would be emitted by an instruction set alone where the baseline inlines it (CMakeLists.txt).
 template <class Real> void refill(std::vector<Real>& values, int64_t n, Real value) {
@@ -39,6 +41,7 @@ template <class S> struct PairRow {
     std::vector<real> theta;                                     // padded with -inf to a power of two
     std::vector<int64_t> order;                                  // theta[i] belongs to lam[order[i]]
     int64_t count = 0, padded = 1;
+    Places<real> places;
 
     void set_order(const double* lam, int64_t n) {
         count = n;
@@ -59,6 +62,7 @@ template <class S> struct PairRow {
             const double value = std::log2(lam[order[size_t(i)]]) + log2_s0[0] - log2_s0[1];
             theta[size_t(i)] = real(std::clamp(value, double(S::lowest), -double(S::lowest)));
         }
+        if (count >= search_backward_from<S>(true)) places.set(theta.data(), count, padded);
     }
 };
 
@@ -115,29 +119,9 @@ FC_INLINE int64_t load_pair(const T* student, const T* teacher, int64_t n, PairS
     return i;
 }
 
-// How many thresholds lie above each d of the block. A d that is NaN, a token masked on both sides, has none; it weighs 0.
+// How many thresholds lie above each d of the block. A d that is NaN, a token masked on both sides, counts anywhere: it weighs 0.
 template <class S> FC_INLINE void find_places(PairScratch<S>& s, int64_t n) {
-    const PairRow<S>& pair = s.pair;
-    const auto* theta = pair.theta.data();
-    if constexpr (S::has_gather) {
-        alignas(64) static constexpr int32_t none[16] = {};
-        for (int64_t i = 0; i < n; i += 2 * S::lanes) {  // two searches at once hide the latency of the look-ups
-            const auto d0 = S::load(s.d + i), d1 = S::load(s.d + i + S::lanes);
-            auto at0 = S::load_index(none), at1 = at0;
-            for (int64_t step = pair.padded / 2; step > 0; step /= 2) {
-                at0 = S::add_where_less(at0, d0, S::gather(theta + step - 1, at0), int32_t(step));
-                at1 = S::add_where_less(at1, d1, S::gather(theta + step - 1, at1), int32_t(step));
-            }
-            S::store_index(s.above + i, at0);
-            S::store_index(s.above + i + S::lanes, at1);
-        }
-    } else {
-        for (int64_t i = 0; i < n; ++i) {
-            int32_t at = 0;
-            for (int64_t step = pair.padded / 2; step > 0; step /= 2) at += s.d[i] < theta[at + step - 1] ? int32_t(step) : 0;
-            s.above[i] = at;
-        }
-    }
+    s.pair.places.template find<S>(s.d, s.above, n, s.pair.theta.data());
 }
 
 template <class S, int G> FC_INLINE void compare_block(PairScratch<S>& s, int64_t n, int64_t first) {
@@ -166,7 +150,7 @@ template <class S, class T>
 FASTCALIB_ONE_BODY void pair_segment(const T* student, const T* teacher, int64_t n, PairScratch<S>& s, double* out) {
     const int64_t count = s.pair.count, padded = s.pair.padded, block = pair_block<S>();
     std::fill(out, out + 2 * count, 0.0);
-    const bool search = count >= search_from<S>();
+    const bool search = count >= search_from<S>(s.pair.places.same > 0);
     if (search) s.bins.assign(size_t(8 * padded), 0.0);
     else s.lanes.assign(size_t(count), {S::set(0), S::set(0)});
     int64_t blocks = 0;

@@ -110,7 +110,7 @@ FC_INLINE void write_pair(PairScratch<S>& s, const PairUpstream<S>& up, bool sea
 template <class S, class T, bool Distances>
 FASTCALIB_ONE_BODY void pair_gradient(const T* student, const T* teacher, int64_t n, PairScratch<S>& s, const PairUpstream<S>& up,
                                       T* to_student, T* to_teacher, double* temperature) {
-    const bool search = s.pair.count >= search_backward_from<S>();
+    const bool search = s.pair.count >= search_backward_from<S>(s.pair.places.same > 0);
     for (int64_t start = 0; start < n; start += pair_block<S>()) {
         const int64_t length = std::min(pair_block<S>(), n - start);
         const int64_t whole = load_pair<S, Distances>(student + start, teacher + start, length, s);

@@ -202,6 +202,10 @@ struct F32 {
     static FC_INLINE void store_index(int32_t* p, index i) { _mm512_storeu_si512(p, i); }
     static FC_INLINE index gather(const int32_t* base, index i) { return _mm512_i32gather_epi32(i, base, 4); }
     static FC_INLINE vec gather(const float* base, index i) { return _mm512_i32gather_ps(i, base, 4); }
+    // Truncated to [0, top]; 0 for a NaN.
+    static FC_INLINE index truncate_within(vec x, vec top) {
+        return _mm512_cvttps_epi32(_mm512_min_ps(_mm512_max_ps(x, _mm512_setzero_ps()), top));
+    }
     static FC_INLINE index add_where_less(index i, vec a, vec b, int32_t n) {
         return _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), i, _mm512_set1_epi32(n));
     }
@@ -265,6 +269,9 @@ struct F32 {
     static FC_INLINE void store_index(int32_t* p, index i) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), i); }
     static FC_INLINE index gather(const int32_t* base, index i) { return _mm256_i32gather_epi32(base, i, 4); }
     static FC_INLINE vec gather(const float* base, index i) { return _mm256_i32gather_ps(base, i, 4); }
+    static FC_INLINE index truncate_within(vec x, vec top) {
+        return _mm256_cvttps_epi32(_mm256_min_ps(_mm256_max_ps(x, _mm256_setzero_ps()), top));
+    }
     static FC_INLINE index add_where_less(index i, vec a, vec b, int32_t n) {
         const index less = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ));
         return _mm256_add_epi32(i, _mm256_and_si256(less, _mm256_set1_epi32(n)));

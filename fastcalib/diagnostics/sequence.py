@@ -104,7 +104,8 @@ def truncated_log_prob(trie: AnswerTrie, log_prob: Tensor, keeps: Tensor, kept_m
         trie: the answers.
         log_prob: (nodes, ...), of the model; axes that only the rule has may be missing at the end.
         keeps: bool (nodes, ...), is the token of the node kept at its parent?
-        kept_mass: (nodes, ...), at a prefix the probability of all tokens that the rule keeps, valid or not.
+        kept_mass: (nodes, ...), at a prefix the probability of all tokens that the rule keeps, valid or not. Where it
+            is 0, no token comes.
 
     Returns:
         float64 (nodes, ...), 0 at the root.
@@ -123,8 +124,7 @@ def truncated_log_prob(trie: AnswerTrie, log_prob: Tensor, keeps: Tensor, kept_m
     log_prob = log_prob.double().reshape(*log_prob.shape, *(1,) * (keeps.dim() - log_prob.dim()))
     parent = trie.parent.clamp(min=0).to(keeps.device)
     mass = kept_mass.double()[parent]
-    keeps = keeps.clone()
-    keeps[0] = False
+    keeps = keeps & (mass != 0)  # kept tokens that have no probability, all of them: none of them comes
     # The log of a mass where nothing is kept would put a NaN into the gradient of what is not even selected.
     kept = torch.where(keeps, log_prob, 0.0) - torch.where(keeps, mass, 1.0).log()
     kept = torch.where(keeps, kept, -math.inf)

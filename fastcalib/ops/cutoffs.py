@@ -8,13 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import resolve
+from ..backends import extension, resolve
 from ..eager.cutoffs import cutoffs as eager_cutoffs
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
-from ._arguments import Index, Temperature, check_ids_eager, normalise_index, normalise_temperature
+from ._arguments import (
+    Index,
+    Temperature,
+    check_ids_eager,
+    flat_index,
+    normalise_index,
+    normalise_temperature,
+    raise_bad_id,
+    row_layout,
+)
 from ._cutoff_rules import Rule
 from ._cutoff_search import search
+from ._library import LIBRARY
 from .statistics import statistics
 
 # Of (valid tokens, K, R) looked at in one go.
@@ -35,6 +45,94 @@ class RowCutoffs:
     total_counts: Tensor | None = None  # float64 (N,)
 
 
+LIBRARY.define(
+    "cutoffs(Tensor logits, Tensor temperature, Tensor rules, bool last, Tensor? values, Tensor? offsets, "
+    "Tensor? counts, bool valid, SymInt vocab_size) -> (Tensor threshold, Tensor kept, Tensor kept_mass, Tensor keeps, "
+    "Tensor kept_valid, Tensor valid_mass, Tensor kept_counts, Tensor total_counts)"
+)
+
+
+def _allocate(
+    logits: Tensor,
+    temperature: Tensor,
+    rules: Tensor,
+    last: bool,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    valid: bool,
+    vocab_size: int,
+) -> tuple[Tensor, ...]:
+    rows, wide = logits.shape[:-1].numel(), statistics_dtype(logits.dtype)
+    shape = (rows, temperature.shape[1], rules.shape[0])
+    nnz = values.shape[0] if values is not None and valid else 0
+    of_sets = shape if valid else (0, *shape[1:])
+    new = logits.new_empty
+    return (
+        new(shape, dtype=wide), new(shape, dtype=torch.int64), new(shape, dtype=wide),
+        new((nnz, *shape[1:]), dtype=torch.bool), new(of_sets, dtype=torch.int64), new(of_sets, dtype=wide),
+        new(of_sets, dtype=torch.float64), new(of_sets[:1], dtype=torch.float64),
+    )  # fmt: skip
+
+
+def _forward(
+    logits: Tensor,
+    temperature: Tensor,
+    rules: Tensor,
+    last: bool,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    valid: bool,
+    vocab_size: int,
+) -> tuple[Tensor, ...]:
+    out = _allocate(logits, temperature, rules, last, values, offsets, counts, valid, vocab_size)
+    layout = row_layout(logits)
+    temperature, rules = temperature.contiguous(), rules.contiguous()
+    counts = None if counts is None else counts.to(torch.float64).contiguous()
+    threshold, kept, mass, keeps, kept_valid, valid_mass, kept_counts, total_counts = (t.data_ptr() for t in out)
+    bad = extension().cutoffs(
+        *layout.args(),
+        vocab_size,
+        temperature.data_ptr(),
+        temperature.shape[0],
+        temperature.shape[1],
+        rules.data_ptr(),
+        rules.shape[0],
+        last,
+        0 if values is None else values.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
+        0 if counts is None else counts.data_ptr(),
+        threshold,
+        kept,
+        mass,
+        valid,
+        keeps,
+        kept_valid,
+        valid_mass,
+        kept_counts,
+        total_counts,
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        assert values is not None
+        raise_bad_id(flat_index(values, 0, offsets, logits), bad, vocab_size, -1, "sets")
+    return out
+
+
+def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(*output)  # type: ignore[attr-defined]
+
+
+def _autograd(ctx: object, *_: object) -> tuple:
+    return (None,) * 9  # which tokens are kept has no gradient
+
+
+LIBRARY.impl("cutoffs", _forward, "CPU")
+torch.library.register_fake("fastcalib::cutoffs", _allocate, lib=LIBRARY)
+torch.library.register_autograd("fastcalib::cutoffs", _autograd, setup_context=_setup_context, lib=LIBRARY)
+
+
 def cutoffs(
     logits: Tensor,
     rules: Sequence[tuple[Rule, float]],
@@ -50,6 +148,15 @@ def cutoffs(
     """See :func:`fastcalib.decoding.cutoffs`, which checks the arguments."""
     backend = resolve(backend, logits.device, logits.dtype)
     temperatures, _ = normalise_temperature(temperature, logits)
+    if backend == "cpp":
+        values, offsets = (None, None) if sets is None else (sets.values, sets.offsets)
+        if sets is not None:
+            normalise_index(sets, logits, "sets")
+        coded = torch.tensor([(int(rule), value) for rule, value in rules], dtype=torch.float64)
+        out = torch.ops.fastcalib.cutoffs(
+            logits, temperatures.detach(), coded, last, values, offsets, counts, valid and sets is not None, width
+        )
+        return RowCutoffs(*(out if valid and sets is not None else out[:3]))
     flat = _several(temperature, temperatures, logits)
     rows = logits[..., :width].detach().reshape(-1, width)
     sizes = ids = None

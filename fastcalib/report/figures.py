@@ -1,0 +1,2 @@
+def save_figures(payload, folder):
+    return []

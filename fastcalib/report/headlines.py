@@ -1,0 +1,197 @@
+"""The few numbers that the page opens with, each with a sentence for somebody who has not read the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import measures
+from .data import Run, number
+
+# A setting counts as reliable when so many of its samples are valid.
+RELIABLE = 0.8
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """
+    >>> percent(0.123), percent(0.00004), percent(None), percent(1.0)
+    ('12.3%', '< 0.1%', '–', '100%')
+    """
+    if value is None:
+        return "–"
+    if 0 < value < 0.5 * 10 ** -(digits + 2):
+        return f"< {10**-digits:g}%"
+    return f"{100 * value:.{digits}f}".removesuffix("." + "0" * digits) + "%"
+
+
+def plain(value: float | None) -> str:
+    """
+    >>> plain(12345.6), plain(3.14159), plain(0.00123), plain(None), plain(7.0)
+    ('12,346', '3.14', '0.00123', '–', '7')
+    """
+    if value is None:
+        return "–"
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def headlines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each: a label, a sentence that explains it, and a value (text, and what it means) for every run."""
+    made = [_validity, _variety, _reliable, _recall, _oracle, _calibrated, _evenness, _ece]
+    found = []
+    for make in made:
+        values = [make(run) for run in runs]
+        first = next((value for value in values if value is not None), None)
+        if first is not None:
+            empty = {"value": "–", "sentence": "not measured in this run"}
+            found.append(
+                {"label": first["label"], "explain": first["explain"]}
+                | {"values": [{"value": v["value"], "sentence": v["sentence"]} if v else empty for v in values]}
+            )
+    return found
+
+
+def _at(run: Run, rule: str, temperature: float = 1.0) -> dict[str, Any] | None:
+    for entry in measures.sequence(run) or ():
+        if entry["rule"] == rule and temperature in entry["temperature"]:
+            i = entry["temperature"].index(temperature)
+            return {key: entry[key][i] for key in ("validity", "diversity")}
+    return None
+
+
+def _validity(run: Run) -> dict[str, Any] | None:
+    at = _at(run, "none")
+    if at is None or at["validity"] is None:
+        return None
+    return {
+        "label": "Valid samples",
+        "explain": "The chance that an answer drawn from the model as it is (temperature 1, every token allowed) is "
+        "one of the valid answers.",
+        "value": percent(at["validity"]),
+        "sentence": f"Of 1,000 answers drawn, about {1000 * at['validity']:,.0f} are valid.",
+    }
+
+
+def _variety(run: Run) -> dict[str, Any] | None:
+    at, answers = _at(run, "none"), run.answers
+    if at is None or at["diversity"] is None or not answers:
+        return None
+    effective = at["diversity"] * answers
+    return {
+        "label": "Variety of the valid ones",
+        "explain": "Diversity: how many equally likely answers would be as varied, as a share of all valid answers.",
+        "value": percent(at["diversity"]),
+        "sentence": f"As varied as {plain(number(effective, 3))} equally likely answers out of {answers:,}.",
+    }
+
+
+def _reliable(run: Run) -> dict[str, Any] | None:
+    entries = measures.sequence(run)
+    if entries is None:
+        return None
+    points = [
+        (diversity, validity, entry["label"], temperature)
+        for entry in entries
+        if entry["rule"] != "size_oracle"
+        for temperature, validity, diversity in zip(entry["temperature"], entry["validity"], entry["diversity"])
+        if validity is not None and diversity is not None and validity >= RELIABLE
+    ]
+    label = f"Most variety at {RELIABLE:.0%} validity"
+    explain = (
+        f"The most diverse of all temperatures and cutoff rules tried that still give a valid answer at least "
+        f"{RELIABLE * 100:.0f} times in 100 (the size oracle, which no sampler can be, is left out)."
+    )
+    if not points:
+        best = max(
+            (v for e in entries if e["rule"] != "size_oracle" for v in e["validity"] if v is not None), default=None
+        )
+        return {
+            "label": label,
+            "explain": explain,
+            "value": "none",
+            "sentence": f"No setting tried is that reliable; the best is valid {percent(best)} of the time.",
+        }
+    diversity, validity, rule, temperature = max(points)
+    return {
+        "label": label,
+        "explain": explain,
+        "value": percent(diversity),
+        "sentence": f"With {rule} at temperature {temperature:g}: valid {percent(validity)} of the time.",
+    }
+
+
+def _order(run: Run) -> dict[str, Any] | None:
+    found = measures.order(run)
+    return None if found is None else found["rows"][0]
+
+
+def _recall(run: Run) -> dict[str, Any] | None:
+    row = _order(run)
+    if row is None:
+        return None
+    precision = run.facts.options.get("precision", 0.8)
+    return {
+        "label": f"Recall at precision {precision:g}",
+        "explain": f"Cut the model's ranking as late as possible while at least {percent(precision)} of the kept tokens "
+        "are valid: the share of the answers that is then still within reach. Mean over prefixes; a perfect order has "
+        "100%.",
+        "value": percent(row["recall_at_precision"]),
+        "sentence": f"{percent(row['token_recall_at_precision'])} where valid tokens are counted rather than answers.",
+    }
+
+
+def _oracle(run: Run) -> dict[str, Any] | None:
+    row = _order(run)
+    if row is None:
+        return None
+    return {
+        "label": "Size oracle",
+        "explain": "A cutoff that is told how many tokens are valid at each step and keeps exactly so many from the "
+        "top: the share of them that are valid. What is missing to 100% is the model's order, not the rule.",
+        "value": percent(row["r_precision"]),
+        "sentence": f"{percent(1 - row['r_precision'])} of the tokens it keeps are invalid all the same.",
+    }
+
+
+def _calibrated(run: Run) -> dict[str, Any] | None:
+    row = _order(run)
+    if row is None:
+        return None
+    return {
+        "label": "Order-calibrated prefixes",
+        "explain": "Prefixes at which every valid token stands at or above every invalid one, so that some cutoff "
+        "separates them without loss.",
+        "value": percent(row["order_calibrated"]),
+        "sentence": f"{row['order_calibrated'] * row['prefixes']:,.0f} of {row['prefixes']:,} prefixes.",
+    }
+
+
+def _evenness(run: Run) -> dict[str, Any] | None:
+    found = measures.shape(run)
+    if found is None or 1 not in found["temperatures"]:
+        return None
+    i = found["temperatures"].index(1)
+    kl, evenness = (found["measures"][key]["mean"][i] for key in ("kl_valid", "evenness"))
+    return {
+        "label": "Shape: distance from the target",
+        "explain": "KL divergence, in nats, from the ideal distribution over the valid tokens (each in proportion to "
+        "the answers below it) to the model's own, invalid tokens set aside. 0 is perfect. Temperature 1, mean over "
+        "prefixes.",
+        "value": plain(kl),
+        "sentence": f"The model spreads as over {percent(evenness)} of the valid tokens.",
+    }
+
+
+def _ece(run: Run) -> dict[str, Any] | None:
+    scalars = run.facts.calibration
+    if scalars.get("ece") is None:
+        return None
+    return {
+        "label": "Calibration error on text",
+        "explain": "How far the model's confidence in its most likely next token is from how often it is right "
+        "(expected calibration error, ordinary text). 0 is perfect.",
+        "value": percent(scalars["ece"]),
+        "sentence": f"Right {percent(scalars.get('accuracy'))} of the time over {plain(scalars.get('tokens'))} tokens; "
+        f"negative log-likelihood {plain(scalars.get('nll'))} nats.",
+    }

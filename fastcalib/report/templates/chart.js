@@ -1,0 +1,439 @@
+// Charts as inline SVG, drawn at the width of the figure: direct labels; values on hover, on touch and by arrow keys.
+// A spec is {label, x, y, marks, height}; an axis {min, max, log, label, format, ticks}; colours are CSS variables, so
+// that light and dark need no redrawing.
+const Chart = (() => {
+  const NS = "http://www.w3.org/2000/svg";
+  const pen = document.createElement("canvas").getContext("2d");
+  const NEAR = 44; // how far a pointer may be from a point that it means, in pixels
+
+  function svg(tag, attributes = {}, parent = null, text = null) {
+    const node = document.createElementNS(NS, tag);
+    for (const [key, value] of Object.entries(attributes)) if (value != null) node.setAttribute(key, value);
+    if (text !== null) node.textContent = text;
+    if (parent) parent.append(node);
+    return node;
+  }
+
+  function textWidth(text, size = 12) {
+    pen.font = `${size}px ${getComputedStyle(document.body).fontFamily}`;
+    return pen.measureText(text).width;
+  }
+
+  function niceTicks(min, max, count) {
+    const rough = (max - min) / Math.max(count, 1);
+    const power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
+    const ticks = [];
+    for (let i = Math.ceil(min / step - 1e-9); i * step <= max + step * 1e-9; i++)
+      ticks.push(+(i * step).toPrecision(12));
+    return ticks;
+  }
+
+  function logTicks(min, max, count) {
+    const low = Math.ceil(Math.log10(min) - 1e-9),
+      high = Math.floor(Math.log10(max) + 1e-9);
+    if (high - low < 1) {
+      return [1, 2, 3, 5]
+        .flatMap((m) => [low - 1, low, high].map((e) => m * 10 ** e))
+        .filter((t, i, all) => t >= min * 0.999 && t <= max * 1.001 && all.indexOf(t) === i)
+        .sort((a, b) => a - b);
+    }
+    const every = Math.max(1, Math.ceil((high - low + 1) / Math.max(count, 2)));
+    const ticks = [];
+    for (let e = low; e <= high; e += every) ticks.push(10 ** e);
+    return ticks;
+  }
+
+  function scaleOf(axis, from, to) {
+    const f = axis.log ? Math.log10 : (v) => v;
+    const low = f(axis.min),
+      span = f(axis.max) - low || 1;
+    const place = (v) => from + ((f(v) - low) / span) * (to - from);
+    return { place, inside: (v) => v != null && (!axis.log || v > 0) };
+  }
+
+  const number = (v) => {
+    if (v == null) return "–";
+    const size = Math.abs(v);
+    if (size >= 1e4) return Math.round(v).toLocaleString("en");
+    if (size && size < 1e-3) return v.toExponential(1);
+    return String(+v.toPrecision(3));
+  };
+  const percent = (v) => {
+    if (v == null) return "–";
+    const p = 100 * v;
+    if (p && Math.abs(p) < 0.01) return `${p.toExponential(1)}%`;
+    return `${+p.toPrecision(Math.abs(p) >= 10 ? 3 : 2)}%`;
+  };
+  const count = (v) => (v == null ? "–" : Math.round(v).toLocaleString("en"));
+  const power = (v) => (v >= 1e6 ? `${v / 1e6}M` : v >= 1e3 ? `${v / 1e3}k` : String(+v.toPrecision(3)));
+
+  // One tooltip and one live region for the page.
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  tip.hidden = true;
+  const live = document.createElement("div");
+  live.className = "visually-hidden";
+  live.setAttribute("aria-live", "polite");
+
+  function showTip(box, x, y, content, colour) {
+    tip.replaceChildren();
+    const title = document.createElement("strong");
+    title.textContent = content.title;
+    title.style.setProperty("--mark", colour);
+    tip.append(title);
+    const list = document.createElement("dl");
+    for (const [name, value] of content.rows || []) {
+      const dt = document.createElement("dt"),
+        dd = document.createElement("dd");
+      dt.textContent = name;
+      dd.textContent = value;
+      list.append(dt, dd);
+    }
+    tip.append(list);
+    if (!tip.isConnected) document.body.append(tip, live);
+    tip.hidden = false;
+    const width = tip.offsetWidth,
+      height = tip.offsetHeight,
+      room = document.documentElement.clientWidth;
+    let left = box.left + x + 14;
+    if (left + width > room - 8) left = box.left + x - 14 - width;
+    tip.style.left = `${Math.max(8, Math.min(left, room - 8 - width)) + scrollX}px`;
+    let top = box.top + y - height - 12;
+    if (top < 8) top = box.top + y + 16;
+    tip.style.top = `${top + scrollY}px`;
+  }
+
+  function path(points, place) {
+    let d = "",
+      open = false;
+    for (const p of points) {
+      const at = place(p);
+      if (!at) {
+        open = false;
+        continue;
+      }
+      d += `${open ? "L" : "M"}${at[0].toFixed(1)} ${at[1].toFixed(1)}`;
+      open = true;
+    }
+    return d;
+  }
+
+  const SHAPES = {
+    circle: (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`,
+    diamond: (x, y, r) => `M${x} ${y - 1.45 * r}L${x + 1.45 * r} ${y}L${x} ${y + 1.45 * r}L${x - 1.45 * r} ${y}Z`,
+    square: (x, y, r) => `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
+    tick: (x, y, r) => `M${x} ${y - r}V${y + r}`,
+  };
+
+  // Labels go to the first place beside their point where nothing else is; where there is none they stay away.
+  function placeLabels(labels, frame, parent, taken) {
+    for (const label of labels) {
+      const width = textWidth(label.text, 11.5) + 2,
+        height = 14,
+        gap = label.gap ?? 7;
+      const beside = [
+        [label.x + gap, label.y - height / 2],
+        [label.x - gap - width, label.y - height / 2],
+        [label.x - width / 2, label.y - gap - height],
+        [label.x - width / 2, label.y + gap],
+        [label.x + gap, label.y - height - 2],
+        [label.x + gap, label.y + 2],
+        [label.x - gap - width, label.y - height - 2],
+        [label.x - gap - width, label.y + 2],
+      ];
+      if (label.only === "right")
+        beside.splice(1, 9, ...[-14, 14, -28, 28, -42].map((dy) => [label.x + gap, label.y - height / 2 + dy]));
+      if (label.only === "above") beside.splice(0, 9, beside[2]);
+      const spot = beside
+        .map(([x, y]) => ({ x, y, width, height }))
+        .find(
+          (box) =>
+            box.x >= frame.left - 2 &&
+            box.x + width <= frame.width &&
+            box.y >= frame.top - 12 &&
+            box.y + height <= frame.bottom + 2 &&
+            !taken.some(
+              (other) =>
+                box.x < other.x + other.width &&
+                other.x < box.x + width &&
+                box.y < other.y + other.height &&
+                other.y < box.y + height,
+            ),
+        );
+      if (!spot) continue;
+      taken.push(spot);
+      svg(
+        "text",
+        { x: spot.x + 1, y: spot.y + 11, class: "direct", style: `fill:${label.colour}` },
+        parent,
+        label.text,
+      );
+    }
+  }
+
+  function draw(host, spec) {
+    const width = Math.max(host.clientWidth, 200);
+    const yTicks =
+      spec.y.ticks || (spec.y.log ? logTicks(spec.y.min, spec.y.max, 5) : niceTicks(spec.y.min, spec.y.max, 5));
+    const format = {
+      x: spec.x.format || (spec.x.log ? power : number),
+      y: spec.y.format || (spec.y.log ? power : number),
+    };
+    // Room on the right for the labels of lines that end there.
+    const ends = spec.inside ? [] : spec.marks.filter((m) => m.end).map((m) => textWidth(m.end, 11.5));
+    const left = Math.ceil(Math.max(8, ...yTicks.map((t) => textWidth(format.y(t)) + 10)));
+    const right = Math.ceil(Math.max(14, ...ends.map((w) => w + 14)));
+    const top = spec.y.label ? 30 : 12,
+      bottom = spec.x.label ? 44 : 26;
+    const height = spec.height || Math.round(Math.min(Math.max(width * 0.68, 230), 380));
+    const frame = { left, right: width - right, top, bottom: height - bottom, width };
+    const xTicks =
+      spec.x.ticks ||
+      (spec.x.log ? logTicks : niceTicks)(spec.x.min, spec.x.max, Math.max(2, Math.floor((frame.right - left) / 74)));
+    const x = scaleOf(spec.x, frame.left, frame.right),
+      y = scaleOf(spec.y, frame.bottom, frame.top);
+
+    const root = svg("svg", {
+      viewBox: `0 0 ${width} ${height}`,
+      tabindex: 0,
+      role: "application",
+      "aria-roledescription": "chart",
+      "aria-label": `${spec.label}. Arrow keys read the values: left and right along a series, up and down between series.`,
+    });
+    const back = svg("g", { class: "grid", "aria-hidden": "true" }, root);
+    for (const t of yTicks) {
+      if (!spec.y.bare) svg("line", { x1: left, x2: frame.right, y1: y.place(t), y2: y.place(t) }, back);
+      svg("text", { x: left - 7, y: y.place(t) + 4, "text-anchor": "end" }, back, format.y(t));
+    }
+    for (const t of xTicks) {
+      const at = x.place(t),
+        text = format.x(t),
+        half = textWidth(text) / 2;
+      svg("line", { x1: at, x2: at, y1: frame.bottom, y2: frame.bottom + 4, class: "axis" }, back);
+      svg(
+        "text",
+        { x: Math.max(half, Math.min(at, width - half)), y: frame.bottom + 18, "text-anchor": "middle" },
+        back,
+        text,
+      );
+    }
+    svg("line", { x1: left, x2: frame.right, y1: frame.bottom, y2: frame.bottom, class: "axis" }, back);
+    if (spec.y.label) svg("text", { x: 0, y: 12, class: "name" }, back, spec.y.label);
+    if (spec.x.label)
+      svg("text", { x: frame.right, y: height - 6, "text-anchor": "end", class: "name" }, back, `${spec.x.label} →`);
+
+    const at = (p) => (x.inside(p.x) && y.inside(p.y) ? [x.place(p.x), y.place(p.y)] : null);
+    const series = [],
+      labels = [],
+      taken = [],
+      body = svg("g", {}, root),
+      front = svg("g", { "aria-hidden": "true" }, root);
+    for (const mark of spec.marks) {
+      const group = svg("g", { class: `mark ${mark.muted ? "muted" : ""}`, opacity: mark.opacity }, body);
+      const colour = mark.colour || "var(--muted)";
+      group.style.setProperty("--mark", colour);
+      if (mark.kind === "area") {
+        const full = mark.points.filter((p) => p.low != null && p.high != null);
+        const d =
+          path(full, (p) => [x.place(p.x), y.place(p.high)]) +
+          path([...full].reverse(), (p) => [x.place(p.x), y.place(p.low)]).replace(/^M/, "L");
+        if (full.length) svg("path", { d: `${d}Z`, class: "area" }, group);
+      } else if (mark.kind === "bars") {
+        for (const p of mark.points) {
+          svg(
+            "rect",
+            {
+              x: x.place(p.x0) + 1,
+              width: Math.max(x.place(p.x1) - x.place(p.x0) - 2, 1),
+              y: y.place(p.y),
+              height: Math.max(frame.bottom - y.place(p.y), 0),
+              class: "bar",
+            },
+            group,
+          );
+        }
+      } else if (mark.kind === "guide") {
+        const vertical = mark.x != null;
+        const [x1, y1, x2, y2] = mark.from
+          ? [x.place(mark.from[0]), y.place(mark.from[1]), x.place(mark.to[0]), y.place(mark.to[1])]
+          : vertical
+            ? [x.place(mark.x), frame.top, x.place(mark.x), frame.bottom]
+            : [left, y.place(mark.y), frame.right, y.place(mark.y)];
+        svg("line", { x1, y1, x2, y2, class: "guide" }, group);
+        if (mark.label)
+          labels.push({
+            x: mark.at === "end" ? x2 : x1,
+            y: vertical ? frame.top + 4 : y1 - 7,
+            text: mark.label,
+            colour: "var(--muted)",
+            gap: 4,
+          });
+      } else if (mark.kind === "stems") {
+        for (const p of mark.points)
+          svg(
+            "line",
+            { x1: x.place(p.x), x2: x.place(p.x), y1: y.place(p.y0), y2: y.place(p.y1), class: "stem" },
+            group,
+          );
+      } else if (mark.kind === "text") {
+        svg("text", { x: left + 2, y: y.place(mark.y), class: "lane", style: `fill:${colour}` }, group, mark.text);
+      } else if (mark.kind === "line") {
+        svg(
+          "path",
+          { d: path(mark.points, at), class: "line", "stroke-dasharray": mark.dash, "stroke-width": mark.width },
+          group,
+        );
+        if (mark.markers) {
+          for (const p of mark.points) {
+            const place = at(p);
+            if (place) svg("path", { d: SHAPES.circle(...place, 2.4), class: "dot" }, group);
+          }
+        }
+      } else if (mark.kind === "points") {
+        for (const p of mark.points) {
+          const place = at(p);
+          if (!place) continue;
+          const shape = p.shape || mark.shape || "circle",
+            size = p.size || mark.size || 4;
+          svg(
+            "path",
+            { d: SHAPES[shape](...place, size), class: shape === "tick" ? "rug" : mark.hollow ? "dot hollow" : "dot" },
+            group,
+          );
+          taken.push({ x: place[0] - size, y: place[1] - size, width: 2 * size, height: 2 * size });
+          if (p.name)
+            labels.push({
+              x: place[0],
+              y: place[1],
+              text: p.name,
+              colour: mark.labelColour || colour,
+              only: mark.only,
+              gap: mark.only ? size + 1 : 7,
+            });
+        }
+      }
+      const hot = (mark.points || []).filter((p) => p.tip && at(p)).map((p) => ({ place: at(p), tip: p.tip }));
+      if (hot.length) series.push({ name: mark.name || "", hot, group, colour });
+      if (mark.end) {
+        const last = [...mark.points].reverse().find((p) => at(p));
+        if (last)
+          labels.unshift({
+            x: at(last)[0],
+            y: at(last)[1],
+            text: mark.end,
+            colour,
+            only: spec.inside ? null : "right",
+          });
+      }
+    }
+    placeLabels(labels, frame, front, taken);
+    const ring = svg("circle", { r: 6, class: "ring", visibility: "hidden" }, root);
+
+    let active = null;
+    const show = (s, i, spoken) => {
+      active = { s, i };
+      const { hot, group, colour } = series[s];
+      const [px, py] = hot[i].place;
+      root.classList.add("active");
+      for (const other of series) other.group.classList.toggle("on", other.group === group);
+      ring.setAttribute("cx", px);
+      ring.setAttribute("cy", py);
+      ring.setAttribute("visibility", "visible");
+      ring.style.setProperty("--mark", colour);
+      const box = root.getBoundingClientRect(),
+        zoom = box.width / width;
+      showTip(box, px * zoom, py * zoom, hot[i].tip, colour);
+      if (spoken) live.textContent = [hot[i].tip.title, ...(hot[i].tip.rows || []).map((r) => r.join(": "))].join(", ");
+    };
+    const hide = () => {
+      active = null;
+      tip.hidden = true;
+      root.classList.remove("active");
+      ring.setAttribute("visibility", "hidden");
+    };
+    const nearest = (event) => {
+      const box = root.getBoundingClientRect(),
+        zoom = width / box.width;
+      const mx = (event.clientX - box.left) * zoom,
+        my = (event.clientY - box.top) * zoom;
+      let best = null,
+        least = NEAR ** 2;
+      series.forEach((one, s) =>
+        one.hot.forEach(({ place }, i) => {
+          const distance = (place[0] - mx) ** 2 + (place[1] - my) ** 2;
+          if (distance < least) [best, least] = [[s, i], distance];
+        }),
+      );
+      if (best) show(...best, false);
+      else hide();
+    };
+    root.addEventListener("pointermove", nearest);
+    root.addEventListener("pointerdown", nearest);
+    root.addEventListener("pointerleave", hide);
+    root.addEventListener("blur", hide);
+    root.addEventListener("keydown", (event) => {
+      if (!series.length) return;
+      const step = {
+        ArrowRight: [0, 1],
+        ArrowLeft: [0, -1],
+        ArrowUp: [-1, 0],
+        ArrowDown: [1, 0],
+        Home: [0, -Infinity],
+        End: [0, Infinity],
+      }[event.key];
+      if (event.key === "Escape") hide();
+      if (!step) return;
+      event.preventDefault();
+      if (!active) {
+        show(0, 0, true);
+        return;
+      }
+      const s = (active.s + step[0] + series.length) % series.length;
+      // Between series, to the point nearest in x.
+      const here = series[active.s].hot[active.i].place[0];
+      const beside = (hot) =>
+        hot.reduce((b, p, i) => (Math.abs(p.place[0] - here) < Math.abs(hot[b].place[0] - here) ? i : b), 0);
+      const i = step[0] ? beside(series[s].hot) : Math.max(0, Math.min(active.i + step[1], series[s].hot.length - 1));
+      show(s, i, true);
+    });
+    host.replaceChildren(root);
+  }
+
+  // Charts side by side where there is room: [{title, note, spec}].
+  const drawn = new Map();
+  const watcher = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      const entry = drawn.get(target);
+      if (!entry) continue;
+      if (!target.isConnected) {
+        drawn.delete(target);
+        watcher.unobserve(target);
+        continue;
+      }
+      if (Math.abs(target.clientWidth - entry.width) > 1) {
+        entry.width = target.clientWidth;
+        draw(target, entry.spec);
+      }
+    }
+  });
+  function facets(host, list, wide = list.length === 1) {
+    const grid = document.createElement("div");
+    grid.className = wide ? "facets one" : "facets";
+    host.replaceChildren(grid);
+    for (const { title, note, spec } of list) {
+      const box = document.createElement("div");
+      box.className = "facet";
+      if (title) box.append(Object.assign(document.createElement("h4"), { textContent: title }));
+      if (note) box.append(Object.assign(document.createElement("p"), { textContent: note }));
+      const plot = document.createElement("div");
+      plot.className = "plot";
+      box.append(plot);
+      grid.append(box);
+      drawn.set(plot, { spec, width: plot.clientWidth });
+      draw(plot, spec);
+      watcher.observe(plot);
+    }
+  }
+  return { facets, number, percent, count, power };
+})();
