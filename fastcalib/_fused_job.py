@@ -70,7 +70,7 @@ def make_job(
     if isinstance(loss_fn, TokenLoss):
         moments, linear = loss_fn.formula.moments_for(settings), loss_fn.formula.linear_for(settings)
     return Job(
-        caller, loss_fn, settings, own, width, target.reshape(-1), kept,
+        caller, loss_fn, settings, own, width, target.reshape(-1).contiguous(), kept,
         {k: v.reshape(-1) for k, v in tokens.items()}, constants, items, temperatures, several, moments, linear,
         chunk_size,
     )  # fmt: skip

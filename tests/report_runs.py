@@ -81,7 +81,9 @@ def toy_logits(trie: ToyTrie, skill: float, seed: int) -> dict[int, Tensor]:
     for u in trie.inner:
         row = torch.randn(len(TOKENS), generator=generator, dtype=torch.float64) * 1.5
         for child in trie.children[u]:
-            row[trie.prefix[child][-1]] += (skill + 0.4 * math.log(trie.count[child])) / (1 + 0.15 * len(trie.prefix[u]))
+            row[trie.prefix[child][-1]] += (skill + 0.4 * math.log(trie.count[child])) / (
+                1 + 0.15 * len(trie.prefix[u])
+            )
         logits[u] = (row * 8).round() / 8
     return logits
 
@@ -106,10 +108,8 @@ def kept_by(rule: str, z: Tensor, temperature: float, n_valid: int) -> Tensor:
     return z / temperature >= z.max() / temperature - value * (z / temperature).std()
 
 
-def write_toy_run(
-    folder: Path, *, model: str = "toy", skill: float = 3.5, seed: int = 0, without: tuple[str, ...] = ()
-) -> Path:
-    """A run as ``fastcalib diagnose`` and ``fastcalib score`` would leave it; tables in ``without`` are left out."""
+def write_toy_run(folder: Path, *, model: str = "toy", skill: float = 3.5, seed: int = 0) -> Path:
+    """A run as ``fastcalib diagnose`` and ``fastcalib score`` would leave it."""
     trie = toy_trie()
     logits = toy_logits(trie, skill, seed)
     tables: dict[str, dict[str, list[Any]]] = {
@@ -144,26 +144,27 @@ def write_toy_run(
             confidence=confidence,
         )
     for name, columns in tables.items():
-        if name not in without:
-            write_table(folder, name, columns)
+        write_table(folder, name, columns)
     scored = {
-        "nll": 2.5,
-        "perplexity": math.exp(2.5),
-        "accuracy": 0.5,
-        "brier": 0.6,
-        "ece": 0.07,
-        "mce": 0.2,
-        "full_ece": 0.001,
-    }
+        "nll": 2.5, "perplexity": math.exp(2.5), "accuracy": 0.5, "brier": 0.6, "ece": 0.07, "mce": 0.2,
+        "full_ece": 0.001, "mean_entropy": 2.1, "temperature": 1.1, "tokens": 93, "text": "a text",
+    }  # fmt: skip
+    task = {
+        "name": "toy", "prompt": "Say <b>something</b>:\n", "answers": trie.count[0], "sequences": trie.count[0],
+        "max_depth": trie.max_depth, "end_token": "<end>", "tokenisation": "canonical", "style": "plain",
+    }  # fmt: skip
+    options = {"temperatures": TEMPERATURES, "rules": RULES, "order": "temperature-first", "precision": 0.8}
     facts = RunFacts(
-        model={"name": model, "source": "made for a test", "vocab_size": len(TOKENS), "parameters": 7, "dtype": "float64"},
-        task={"name": "toy", "prompt": "Say <b>something</b>:\n", "answers": trie.count[0], "sequences": trie.count[0],
-              "max_depth": trie.max_depth, "end_token": "<end>", "tokenisation": "canonical", "style": "plain"},
-        options={"temperatures": TEMPERATURES, "rules": RULES, "order": "temperature-first", "precision": 0.8, "draws": None},
-        calibration={} if "reliability" in without else {**scored, "mean_entropy": 2.1, "temperature": 1.1, "tokens": 93, "text": "a text"},
-        cost=[{"stage": "forward", "seconds": 1.25, "covers": f"{len(trie.inner)} prefixes"}, {"stage": "order", "seconds": 0.01, "covers": "ranks"}],
+        model={"name": model, "source": "made for a test", "vocab_size": len(TOKENS), "parameters": 7},
+        task=task,
+        options={**options, "draws": None},
+        calibration=scored,
+        cost=[
+            {"stage": "forward", "seconds": 1.25, "covers": f"{len(trie.inner)} prefixes"},
+            {"stage": "order", "seconds": 0.01, "covers": "ranks"},
+        ],
         versions={"fastcalib": "0", "torch": "2", "transformers": "5", "python": "3", "machine": "x"},
-    )  # fmt: skip
+    )
     write_facts(folder, facts)
     return folder
 
@@ -191,14 +192,16 @@ def _prefix_tables(add: Any, trie: ToyTrie, u: int, z: Tensor, text: list[str]) 
     token_recall = [(k & valid).sum().item() / len(tokens) for k in kept]
     invalid = z[~valid]
     above = [((invalid > z[v]).double().mean() + 0.5 * (invalid == z[v]).double().mean()).item() for v in tokens]
-    oracle = kept_by("size_oracle", z, 1.0, len(tokens))
+    # The best precision from each cutoff on, over the recall that the cutoff adds.
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    border = z.sort(descending=True).values[len(tokens) - 1]
+    room = (len(tokens) - (z > border).sum()) / (z == border).sum()  # the oracle shares out what is tied at its border
     add(
-        "order", node=u, valid=len(tokens),
-        area=float(np.trapezoid([precision[0], *precision], [0.0, *recall])),
-        token_area=float(np.trapezoid([precision[0], *precision], [0.0, *token_recall])),
+        "order", node=u, valid=len(tokens), area=float(best @ np.diff([0.0, *recall])),
+        token_area=float(best @ np.diff([0.0, *token_recall])),
         recall_at_precision=max([r for p, r in zip(precision, recall) if p >= 0.8], default=0.0),
         token_recall_at_precision=max([r for p, r in zip(precision, token_recall) if p >= 0.8], default=0.0),
-        r_precision=((oracle & valid).sum() / oracle.sum()).item(),
+        r_precision=(((z > border) & valid).sum() + room * ((z == border) & valid).sum()).item() / len(tokens),
         average_precision=float(np.mean([(z[valid] >= z[v]).sum().item() / (z >= z[v]).sum().item() for v in tokens])),
         auroc=1 - float(np.mean(above)), order_calibrated=bool(z[valid].min() >= invalid.max()),
     )  # fmt: skip
@@ -221,7 +224,8 @@ def _prefix_tables(add: Any, trie: ToyTrie, u: int, z: Tensor, text: list[str]) 
             n, hits = int(keep.sum()), int((keep & valid).sum())
             add(
                 "cutoffs", node=u, rule=rule, temperature=temperature, kept=n, kept_mass=p[keep].sum().item(),
-                precision=hits / n if n else math.nan, recall=weight[keep[tokens]].sum().item(), token_recall=hits / len(tokens),
+                precision=hits / n if n else math.nan, recall=weight[keep[tokens]].sum().item(),
+                token_recall=hits / len(tokens),
             )  # fmt: skip
 
 
@@ -272,7 +276,8 @@ def _sequence_tables(add: Any, trie: ToyTrie, logits: dict[int, Tensor], rule: s
         among.append(sum(kept_path[u] * trie.count[u] for u in reached) / trie.count[0])
         add(
             "compounding", rule=rule, temperature=temperature, depth=depth - 1,
-            alpha=alive[-1] / alive[-2] if alive[-2] else math.nan, beta=among[-1] / among[-2] if among[-2] else math.nan,
+            alpha=alive[-1] / alive[-2] if alive[-2] else math.nan,
+            beta=among[-1] / among[-2] if among[-2] else math.nan,
         )  # fmt: skip
     add(
         "sequence", rule=rule, temperature=temperature, validity=validity, precision=alive[-1], recall=among[-1],
@@ -312,29 +317,31 @@ def write_large_run(folder: Path, *, first: int = 100, second: int = 100, valid:
     inner = nodes[depths < 3]
     rank = rng.integers(0, 100_000, len(nodes) - 1)
     write_table(folder, "valid", {
-        "node": parents[1:], "child": nodes[1:], "n_greater": rank, "n_equal": rank * 0, "logit": -rank / 1e4, "log_prob": -2 - rank / 1e4,
+        "node": parents[1:], "child": nodes[1:], "n_greater": rank, "n_equal": rank * 0, "logit": -rank / 1e4,
+        "log_prob": -2 - rank / 1e4,
     })  # fmt: skip
-    measures = SCHEMAS["order"].names[2:-1]
-    write_table(folder, "order", {"node": inner, "valid": np.bincount(parents[1:]), "order_calibrated": rng.random(len(inner)) < 0.1,
-                                  **{key: rng.random(len(inner)) for key in measures}})  # fmt: skip
+    write_table(folder, "order", {
+        "node": inner, "valid": np.bincount(parents[1:]), "order_calibrated": rng.random(len(inner)) < 0.1,
+        **{key: rng.random(len(inner)) for key in SCHEMAS["order"].names[2:-1]},
+    })  # fmt: skip
     head = 50
+    size = len(inner) * head
     write_table(folder, "top", {
-        "node": inner.repeat(head), "position": np.tile(np.arange(head), len(inner)), "token": rng.integers(0, 997, len(inner) * head),
-        "text": [f" t{i % 997}" for i in range(len(inner) * head)], "logit": -rng.random(len(inner) * head), "valid": rng.random(len(inner) * head) < 0.5,
+        "node": inner.repeat(head), "position": np.tile(np.arange(head), len(inner)),
+        "token": rng.integers(0, 997, size), "text": [f" t{i % 997}" for i in range(size)],
+        "logit": -rng.random(size), "valid": rng.random(size) < 0.5,
     })  # fmt: skip
-    for name, keys in (
-        ("shape", ["node", "temperature"]),
-        ("cutoffs", ["node", "rule", "temperature"]),
-        ("fit", ["node"]),
-    ):
-        sizes = {"node": inner, "rule": np.array(RULES), "temperature": np.array(TEMPERATURES)}
+    sizes = {"node": inner, "rule": np.array(RULES), "temperature": np.array(TEMPERATURES)}
+    for name in ("shape", "cutoffs", "fit"):
+        keys = [key for key in SCHEMAS[name].names if key in sizes]
         grid = np.meshgrid(*(np.arange(len(sizes[key])) for key in keys), indexing="ij")
         columns = {key: sizes[key][index.ravel()] for key, index in zip(keys, grid)}
         for column in SCHEMAS[name]:
             if column.name not in columns:
-                columns[column.name] = (
-                    rng.integers(1, 50, grid[0].size) if str(column.type) == "int64" else rng.random(grid[0].size)
-                )
+                whole = str(column.type) == "int64"
+                columns[column.name] = rng.integers(1, 50, grid[0].size) if whole else rng.random(grid[0].size)
         write_table(folder, name, columns)
-    write_facts(folder, RunFacts(model={"name": "large"}, task={"name": "made up", "answers": int(below[0])}, options={"rules": RULES, "temperatures": TEMPERATURES}))  # fmt: skip
+    options = {"rules": RULES, "temperatures": TEMPERATURES}
+    task = {"name": "made up", "answers": int(below[0])}
+    write_facts(folder, RunFacts(model={"name": "large"}, task=task, options=options))
     return folder

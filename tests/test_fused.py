@@ -158,6 +158,27 @@ def test_layouts(layout: str, chunk_size: int, backend: str) -> None:
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_targets_and_temperatures_that_are_not_adjacent(chunk_size: int | None, backend: str) -> None:
+    """A column of a (N, 4) tensor of ids was read as if its numbers were neighbours: another loss, and no error."""
+    logits, temperature = random_logits(N, V), torch.linspace(0.5, 2, N)
+    apart = torch.randint(V, (N, 4), generator=torch.Generator().manual_seed(0))
+    apart[:, 1], spread = with_ignored(), torch.rand(N, 3) + 0.5
+    spread[:, 2] = temperature
+    weight = torch.eye(V)
+    results = []
+    for target, t in ((apart[:, 1].clone(), temperature), (apart[:, 1], spread[:, 2])):
+        z, h = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        options = {"temperature": t, "chunk_size": chunk_size, "backend": backend}
+        made = result(fused_loss(z, target, losses.NLLLoss(), **options), z)
+        with torch.no_grad():
+            value = fastcalib.linear_loss(h, weight, target, losses.NLLLoss(), **options)
+        results.append(
+            (*made, *result(fastcalib.linear_loss(h, weight, target, losses.NLLLoss(), **options), h), value)
+        )
+    assert_same(*results)
+
+
 def test_vocabulary_padding_and_options_of_the_call_win(backend: str) -> None:
     padded = torch.nn.functional.pad(sharp_logits(), (0, 5), value=50.0).requires_grad_()
     module = losses.NLLLoss(label_smoothing=0.1, ignore_index=3, temperature=5.0, reduction="mean", backend=backend)

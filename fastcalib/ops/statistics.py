@@ -212,6 +212,7 @@ def forward_and_backward_into(
     layout, target = row_layout(logits), row_layout(out)
     if target.tensor is not out:
         raise ValueError(f"out must have adjacent columns and at most two strides over its rows, got {out.stride()}")
+    temperature, index = temperature.contiguous(), index.contiguous()  # kernels take bare pointers
     made = _allocate(logits, temperature, index, False)
     if _gpu.serves(logits, backend):
         _gpu.statistics_with_gradient(

@@ -99,7 +99,7 @@ def read_runs(folders: Iterable[Path | str]) -> list[Run]:
     paths = [Path(folder) for folder in folders]
     if not paths:
         raise ValueError("no folder given: fastcalib report wants the folder of at least one run")
-    runs = []
+    runs: list[Run] = []
     for path in paths:
         if any(path.resolve() == run.folder.resolve() for run in runs):
             raise ValueError(f"{path} is given twice")
@@ -186,6 +186,8 @@ def _most_answers(trie: Columns, rows: np.ndarray, limit: int) -> list[int]:
 
 def number(value: Any, digits: int = 5) -> float | int | None:
     """For the page: five significant digits, and None for what JSON cannot hold."""
+    if value is None:
+        return None
     value = float(value)
     if not math.isfinite(value):
         return None

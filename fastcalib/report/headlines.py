@@ -133,9 +133,9 @@ def _recall(run: Run) -> dict[str, Any] | None:
     precision = run.facts.options.get("precision", 0.8)
     return {
         "label": f"Recall at precision {precision:g}",
-        "explain": f"Cut the model's ranking as late as possible while at least {percent(precision)} of the kept tokens "
-        "are valid: the share of the answers that is then still within reach. Mean over prefixes; a perfect order has "
-        "100%.",
+        "explain": f"Cut the model's ranking as late as possible while at least {percent(precision)} of the kept "
+        "tokens are valid: the share of the answers that is then still within reach. Mean over prefixes; a perfect "
+        "order has 100%.",
         "value": percent(row["recall_at_precision"]),
         "sentence": f"{percent(row['token_recall_at_precision'])} where valid tokens are counted rather than answers.",
     }

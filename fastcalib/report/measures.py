@@ -80,13 +80,24 @@ def compounding(run: Run) -> list[dict[str, Any]] | None:
             rows = np.flatnonzero((table["rule"] == rule) & (table["temperature"] == temperature))
             rows = rows[np.argsort(table["depth"][rows], kind="stable")]
             factors = {key: numbers(table[key][rows]) for key in ("alpha", "beta")}
-            products = {f"{key}_product": numbers(np.cumprod(table[key][rows])) for key in ("alpha", "beta")}
+            products = {f"{key}_product": numbers(running_product(table[key][rows])) for key in ("alpha", "beta")}
+            token = table["depth"][rows] - table["depth"].min() + 1
             entries.append(
-                {**describe_rule(rule), "temperature": number(temperature), "depth": numbers(table["depth"][rows])}
+                {**describe_rule(rule), "temperature": number(temperature), "token": numbers(token)}
                 | factors
                 | products
             )
     return entries
+
+
+def running_product(factors: np.ndarray) -> np.ndarray:
+    """Products of the first, the first two, ... factors; after a factor of 0 the next are not defined and it stays 0.
+
+    >>> running_product(np.array([0.5, 0.0, np.nan]))
+    array([0.5, 0. , 0. ])
+    """
+    ended = np.append(False, np.cumsum(factors == 0)[:-1] > 0)
+    return np.cumprod(np.where(ended, 0.0, factors))
 
 
 def frontier(n_greater: np.ndarray, n_equal: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -117,6 +128,8 @@ def frontiers(run: Run) -> list[dict[str, Any]] | None:
     r_precision = _by_node(run.table("order"), "r_precision")
     for node, rows in groups(table["node"]):
         n_greater, n_equal = table["n_greater"][rows], table["n_equal"][rows]
+        if n_greater.min() < 0:  # a row with NaN among its logits has no order
+            continue
         weight = counts_of(trie, table["child"][rows])
         precision, recall, token_recall = frontier(n_greater, n_equal, weight)
         nodes.append(node)
@@ -124,6 +137,8 @@ def frontiers(run: Run) -> list[dict[str, Any]] | None:
         by_tokens.append(best_precision(precision, token_recall))
         kept = n_greater < len(rows)  # at or above the |G|-th largest logit
         oracle.append((r_precision.get(node, kept.mean()), weight[kept].sum() / weight.sum(), kept.mean()))
+    if not nodes:
+        return None
     depths = np.array([run.depth_of[node] for node in nodes])
     present = np.unique(depths)
     if len(present) > MAX_DEPTHS:
@@ -184,7 +199,7 @@ def order(run: Run) -> dict[str, Any] | None:
     return {
         "rows": [
             {"depth": depth, "prefixes": int(mask.sum()), "valid": number(table["valid"][mask].mean())}
-            | {key: number(spread(table[key][mask].astype(float))[0] or 0.0) for key in keys}
+            | {key: number(spread(table[key][mask].astype(float))[0]) for key in keys}
             for depth, mask in rows
         ]
     }
@@ -205,10 +220,7 @@ def shape(run: Run) -> dict[str, Any] | None:
         if key == "expected_distinct":
             values = values / np.array([sizes.get(node, np.nan) for node in table["node"].tolist()])
         columns = zip(*(spread(values[table["temperature"] == t]) for t in temperatures))
-        measures[key] = {
-            name: [None if v is None else number(v) for v in column]
-            for name, column in zip(("mean", "low", "high"), columns)
-        }
+        measures[key] = {name: numbers(column) for name, column in zip(("mean", "low", "high"), columns)}
     return {"temperatures": numbers(temperatures), "measures": measures}
 
 

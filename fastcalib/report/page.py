@@ -82,7 +82,7 @@ def render(runs: Sequence[Run], payload: dict[str, Any], sample: PrefixSample) -
     )
 
     def own(name: str) -> Markup:
-        return Markup(resources.files("fastcalib.report").joinpath("templates", name).read_text("utf-8"))
+        return Markup(resources.files("fastcalib.report").joinpath("templates").joinpath(name).read_text("utf-8"))
 
     tasks = list(dict.fromkeys(run.task for run in runs if run.task))
     shown = len(sample.prefixes)
@@ -102,8 +102,10 @@ def render(runs: Sequence[Run], payload: dict[str, Any], sample: PrefixSample) -
         version=metadata.version("fastcalib"),
         folders=", ".join(str(run.folder) for run in runs),
         payload=Markup(script_json(payload)),
-        style=own("style.css"),
-        scripts=[own(f"{name}.js") for name in ("chart", "page", "answers", "order", "prefix", "shape", "theme")],
+        style=own("style.css") + own("charts.css"),
+        scripts=[
+            own(f"{name}.js") for name in ("parts", "chart", "page", "answers", "order", "prefix", "shape", "theme")
+        ],
     )
     return page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from .data import PrefixSample, Run
 from .headlines import percent, plain
 
 Format = Callable[[Any], str]
+# The measures of one run, under the key of their row.
+Values = dict[tuple[str, ...], dict[str, Any]]
 ORDER_MEASURES: dict[str, tuple[str, Format]] = {
     "valid": ("valid tokens", plain),
     "area": ("area under the frontier", plain),
@@ -37,7 +40,7 @@ def compare(
     runs: Sequence[Run],
     keys: Sequence[str],
     measures: dict[str, tuple[str, Format]],
-    values: Sequence[dict[tuple[str, ...], dict[str, Any]] | None],
+    values: Sequence[Values | None],
 ) -> Table | None:
     """A table of measures under keys.
 
@@ -92,7 +95,7 @@ def _sequence(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         "precision": ("precision of answers", percent),
         "recall": ("recall of answers", percent),
     }
-    values = [
+    values: list[Values | None] = [
         {
             (entry["label"], plain(t)): _at(entry, i, [*measures])
             for entry in entries or ()
@@ -111,7 +114,7 @@ def _frontier(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         "low": ("lower quartile", percent),
         "high": ("upper quartile", percent),
     }
-    values = [
+    values: list[Values | None] = [
         {(_group(g["depth"]), percent(grid[i])): _at(g["answers"], i, [*measures]) for g in found or () for i in steps}
         for found in payload["frontiers"]
     ]
@@ -122,10 +125,14 @@ def _order(runs: Sequence[Run], payload: dict[str, Any], by_depth: bool) -> Tabl
     precision = payload["precision"]
     measures = {key: (name.format(precision=precision), fmt) for key, (name, fmt) in ORDER_MEASURES.items()}
     counted: dict[str, tuple[str, Format]] = {"prefixes": ("prefixes", plain), **measures}
-    values = [
+    values: list[Values | None] = [
         {(_group(row["depth"]),): row for row in found["rows"] if by_depth or row["depth"] is None} if found else None
         for found in payload["order"]
     ]
+    if not by_depth:
+        return compare(
+            "Order: means over prefixes", runs, [], counted, [v and {(): v[(_group(None),)]} for v in values]
+        )
     return compare("Order: means over prefixes", runs, ["prefixes"], counted, values)
 
 
@@ -137,7 +144,7 @@ def _rules(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         "kept": ("tokens kept", plain),
         "kept_mass": ("mass kept", percent),
     }
-    values = [
+    values: list[Values | None] = [
         {
             (row["label"], plain(t)): _at(row, i, [*measures])
             for row in found["rows"]
@@ -153,7 +160,7 @@ def _rules(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
 def _prefixes(runs: Sequence[Run], payload: dict[str, Any], sample: PrefixSample) -> Table | None:
     precision = payload["precision"]
     measures = {key: (name.format(precision=precision), fmt) for key, (name, fmt) in ORDER_MEASURES.items()}
-    values = [
+    values: list[Values | None] = [
         {
             (visible(prefix.text) or "(prompt)",): entry["order"]
             for prefix, entry in zip(sample.prefixes, entries)
@@ -173,7 +180,7 @@ def _shape(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         "expected_distinct": ("distinct valid tokens drawn", percent),
         "entropy": ("entropy, nats", plain),
     }
-    values = [
+    values: list[Values | None] = [
         {
             (plain(t),): {key: found["measures"][key]["mean"][i] for key in measures}
             for i, t in enumerate(found["temperatures"])
@@ -192,11 +199,11 @@ def _compounding(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         "alpha_product": ("precision so far", percent),
         "beta_product": ("recall so far", percent),
     }
-    values = [
+    values: list[Values | None] = [
         {
-            (entry["label"], plain(entry["temperature"]), plain(depth + 1)): _at(entry, i, [*measures])
+            (entry["label"], plain(entry["temperature"]), plain(token)): _at(entry, i, [*measures])
             for entry in entries or ()
-            for i, depth in enumerate(entry["depth"])
+            for i, token in enumerate(entry["token"])
         }
         for entries in payload["compounding"]
     ]
@@ -209,7 +216,7 @@ def _reliability(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         "confidence": ("mean confidence", percent),
         "accuracy": ("accuracy", percent),
     }
-    values = [
+    values: list[Values | None] = [
         {(f"{percent(b['lower'])} to {percent(b['upper'])}",): b for b in bins or ()} for bins in payload["reliability"]
     ]
     return compare("Bins of confidence", runs, ["confidence"], measures, values)
@@ -278,12 +285,13 @@ def as_text(value: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """Line ends and spaces at either end as signs.
+    """Line ends, spaces at either end and whatever else cannot be seen, as signs.
 
-    >>> visible(" New\\nYork")
-    '␣New⏎York'
+    >>> visible(" New\\nYork\\u2028")
+    '␣New⏎York<U+2028>'
     """
     text = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    text = "".join(f"<U+{ord(c):04X}>" if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in text)
     if text.startswith(" "):
         text = "␣" + text[1:]
     return text[:-1] + "␣" if text.endswith(" ") else text

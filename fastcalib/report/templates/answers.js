@@ -144,7 +144,7 @@
     );
     return (host) => {
       const runs = shown(data.compounding).map(([run, list]) => [run, list.filter((e) => e.temperature === state.t)]);
-      const depth = Math.max(...runs.flatMap(([, list]) => list.flatMap((e) => e.depth)), 0) + 1;
+      const last = Math.max(...runs.flatMap(([, list]) => list.flatMap((e) => e.token)), 1);
       Chart.facets(
         host,
         [
@@ -160,9 +160,9 @@
             x: {
               label: "token of the answer",
               min: 1,
-              max: Math.max(depth, 2),
-              ticks: Array.from({ length: depth }, (_, i) => i + 1).filter(
-                (_, i) => depth <= 12 || i % Math.ceil(depth / 12) === 0,
+              max: Math.max(last, 2),
+              ticks: Array.from({ length: last }, (_, i) => i + 1).filter(
+                (_, i) => last <= 12 || i % Math.ceil(last / 12) === 0,
               ),
               format: count,
             },
@@ -179,13 +179,13 @@
                     opacity: chosen ? null : 0.45,
                     colour: chosen ? colour(run) : "var(--muted)",
                     end: chosen ? end(run) : null,
-                    points: e.depth.map((d, i) => ({
-                      x: d + 1,
+                    points: e.token.map((token, i) => ({
+                      x: token,
                       y: e[key][i],
                       tip: {
                         title: prefixed(run, e.label),
                         rows: [
-                          ["token", count(d + 1)],
+                          ["token", count(token)],
                           ["α, β", `${percent(e.alpha[i])}, ${percent(e.beta[i])}`],
                           ["precision so far", percent(e.alpha_product[i])],
                           ["recall so far", percent(e.beta_product[i])],

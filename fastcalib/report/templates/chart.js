@@ -2,71 +2,23 @@
 // A spec is {label, x, y, marks, height}; an axis {min, max, log, label, format, ticks}; colours are CSS variables, so
 // that light and dark need no redrawing.
 const Chart = (() => {
-  const NS = "http://www.w3.org/2000/svg";
-  const pen = document.createElement("canvas").getContext("2d");
+  const {
+    svg,
+    textWidth,
+    cut,
+    niceTicks,
+    logTicks,
+    scaleOf,
+    path,
+    SHAPES,
+    placeLabels,
+    along,
+    number,
+    percent,
+    count,
+    power,
+  } = Parts;
   const NEAR = 44; // how far a pointer may be from a point that it means, in pixels
-
-  function svg(tag, attributes = {}, parent = null, text = null) {
-    const node = document.createElementNS(NS, tag);
-    for (const [key, value] of Object.entries(attributes)) if (value != null) node.setAttribute(key, value);
-    if (text !== null) node.textContent = text;
-    if (parent) parent.append(node);
-    return node;
-  }
-
-  function textWidth(text, size = 12) {
-    pen.font = `${size}px ${getComputedStyle(document.body).fontFamily}`;
-    return pen.measureText(text).width;
-  }
-
-  function niceTicks(min, max, count) {
-    const rough = (max - min) / Math.max(count, 1);
-    const power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
-    const ticks = [];
-    for (let i = Math.ceil(min / step - 1e-9); i * step <= max + step * 1e-9; i++)
-      ticks.push(+(i * step).toPrecision(12));
-    return ticks;
-  }
-
-  function logTicks(min, max, count) {
-    const low = Math.ceil(Math.log10(min) - 1e-9),
-      high = Math.floor(Math.log10(max) + 1e-9);
-    if (high - low < 1) {
-      return [1, 2, 3, 5]
-        .flatMap((m) => [low - 1, low, high].map((e) => m * 10 ** e))
-        .filter((t, i, all) => t >= min * 0.999 && t <= max * 1.001 && all.indexOf(t) === i)
-        .sort((a, b) => a - b);
-    }
-    const every = Math.max(1, Math.ceil((high - low + 1) / Math.max(count, 2)));
-    const ticks = [];
-    for (let e = low; e <= high; e += every) ticks.push(10 ** e);
-    return ticks;
-  }
-
-  function scaleOf(axis, from, to) {
-    const f = axis.log ? Math.log10 : (v) => v;
-    const low = f(axis.min),
-      span = f(axis.max) - low || 1;
-    const place = (v) => from + ((f(v) - low) / span) * (to - from);
-    return { place, inside: (v) => v != null && (!axis.log || v > 0) };
-  }
-
-  const number = (v) => {
-    if (v == null) return "–";
-    const size = Math.abs(v);
-    if (size >= 1e4) return Math.round(v).toLocaleString("en");
-    if (size && size < 1e-3) return v.toExponential(1);
-    return String(+v.toPrecision(3));
-  };
-  const percent = (v) => {
-    if (v == null) return "–";
-    const p = 100 * v;
-    if (p && Math.abs(p) < 0.01) return `${p.toExponential(1)}%`;
-    return `${+p.toPrecision(Math.abs(p) >= 10 ? 3 : 2)}%`;
-  };
-  const count = (v) => (v == null ? "–" : Math.round(v).toLocaleString("en"));
-  const power = (v) => (v >= 1e6 ? `${v / 1e6}M` : v >= 1e3 ? `${v / 1e3}k` : String(+v.toPrecision(3)));
 
   // One tooltip and one live region for the page.
   const tip = document.createElement("div");
@@ -102,74 +54,6 @@ const Chart = (() => {
     let top = box.top + y - height - 12;
     if (top < 8) top = box.top + y + 16;
     tip.style.top = `${top + scrollY}px`;
-  }
-
-  function path(points, place) {
-    let d = "",
-      open = false;
-    for (const p of points) {
-      const at = place(p);
-      if (!at) {
-        open = false;
-        continue;
-      }
-      d += `${open ? "L" : "M"}${at[0].toFixed(1)} ${at[1].toFixed(1)}`;
-      open = true;
-    }
-    return d;
-  }
-
-  const SHAPES = {
-    circle: (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`,
-    diamond: (x, y, r) => `M${x} ${y - 1.45 * r}L${x + 1.45 * r} ${y}L${x} ${y + 1.45 * r}L${x - 1.45 * r} ${y}Z`,
-    square: (x, y, r) => `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
-    tick: (x, y, r) => `M${x} ${y - r}V${y + r}`,
-  };
-
-  // Labels go to the first place beside their point where nothing else is; where there is none they stay away.
-  function placeLabels(labels, frame, parent, taken) {
-    for (const label of labels) {
-      const width = textWidth(label.text, 11.5) + 2,
-        height = 14,
-        gap = label.gap ?? 7;
-      const beside = [
-        [label.x + gap, label.y - height / 2],
-        [label.x - gap - width, label.y - height / 2],
-        [label.x - width / 2, label.y - gap - height],
-        [label.x - width / 2, label.y + gap],
-        [label.x + gap, label.y - height - 2],
-        [label.x + gap, label.y + 2],
-        [label.x - gap - width, label.y - height - 2],
-        [label.x - gap - width, label.y + 2],
-      ];
-      if (label.only === "right")
-        beside.splice(1, 9, ...[-14, 14, -28, 28, -42].map((dy) => [label.x + gap, label.y - height / 2 + dy]));
-      if (label.only === "above") beside.splice(0, 9, beside[2]);
-      const spot = beside
-        .map(([x, y]) => ({ x, y, width, height }))
-        .find(
-          (box) =>
-            box.x >= frame.left - 2 &&
-            box.x + width <= frame.width &&
-            box.y >= frame.top - 12 &&
-            box.y + height <= frame.bottom + 2 &&
-            !taken.some(
-              (other) =>
-                box.x < other.x + other.width &&
-                other.x < box.x + width &&
-                box.y < other.y + other.height &&
-                other.y < box.y + height,
-            ),
-        );
-      if (!spot) continue;
-      taken.push(spot);
-      svg(
-        "text",
-        { x: spot.x + 1, y: spot.y + 11, class: "direct", style: `fill:${label.colour}` },
-        parent,
-        label.text,
-      );
-    }
   }
 
   function draw(host, spec) {
@@ -227,6 +111,7 @@ const Chart = (() => {
     const series = [],
       labels = [],
       taken = [],
+      crossed = [],
       body = svg("g", {}, root),
       front = svg("g", { "aria-hidden": "true" }, root);
     for (const mark of spec.marks) {
@@ -277,8 +162,14 @@ const Chart = (() => {
             group,
           );
       } else if (mark.kind === "text") {
-        svg("text", { x: left + 2, y: y.place(mark.y), class: "lane", style: `fill:${colour}` }, group, mark.text);
+        svg(
+          "text",
+          { x: left + 2, y: y.place(mark.y), class: "lane", style: `fill:${colour}` },
+          group,
+          cut(mark.text, frame.right - left - 4, 13.5),
+        );
       } else if (mark.kind === "line") {
+        crossed.push(...along(mark.points.map(at)));
         svg(
           "path",
           { d: path(mark.points, at), class: "line", "stroke-dasharray": mark.dash, "stroke-width": mark.width },
@@ -327,7 +218,7 @@ const Chart = (() => {
           });
       }
     }
-    placeLabels(labels, frame, front, taken);
+    placeLabels(labels, frame, front, taken, crossed);
     const ring = svg("circle", { r: 6, class: "ring", visibility: "hidden" }, root);
 
     let active = null;

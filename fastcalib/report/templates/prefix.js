@@ -268,7 +268,7 @@
     Chart.facets(
       host,
       of("fit")
-        .filter(([, d]) => d.top)
+        .filter(([, d]) => d.top && d.fit.r_squared != null)
         .map(([run, d]) => {
           const f = d.fit,
             v = d.valid || { greater: [], logit: [], text: [] };
