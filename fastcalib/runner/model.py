@@ -115,8 +115,10 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load(source: ModelSource, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
-    """Load model and tokenizer: from the disk, or for an id of the hub from its cache or the network.
+def load_module(source: ModelSource, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """The transformers model, in evaluation mode, and its tokenizer.
+
+    They are on this disk, or for an id of the hub in its cache or fetched from the network.
 
     Args:
         source: from :func:`locate`.
@@ -156,17 +158,24 @@ def load(source: ModelSource, device: str = "cpu", dtype: str = "auto") -> Langu
                 f"(offline, or no such model?): {first}"
             ) from error
         raise UserError(f"transformers could not load {source.name} from {source.folder}: {error}") from error
-    size = min(len(tokenizer), network.config.get_text_config().vocab_size)
-    return LanguageModel(_forward(network), tokenizer, size, network)
+    return network, tokenizer
 
 
-def _forward(network: Any) -> Callable[[Tensor], Tensor]:
+def load(source: ModelSource, device: str = "cpu", dtype: str = "auto") -> LanguageModel:
+    """Model and tokenizer together; :func:`load_module` says what the arguments are and what is raised."""
+    network, tokenizer = load_module(source, device, dtype)
+
     @torch.inference_mode()
     def forward(ids: Tensor) -> Tensor:
         logits: Tensor = network(input_ids=ids.to(network.device), use_cache=False).logits
         return logits
 
-    return forward
+    return LanguageModel(forward, tokenizer, token_count(network, tokenizer), network)
+
+
+def token_count(network: Any, tokenizer: Any) -> int:
+    """Size of the tokenizer's vocabulary; columns of the logits from there on are padding."""
+    return min(len(tokenizer), int(network.config.get_text_config().vocab_size))
 
 
 def last_only(network: Any) -> dict[str, Any]:
