@@ -55,6 +55,29 @@ def demo(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of one or more runs, side by side in the order given.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report; without it, the run's own, or fastcalib-report for several runs."),
+    ] = None,
+) -> None:
+    """Write report.html (one file, no network) and every chart as PNG and SVG in figures/, from what runs have left."""
+    try:
+        from .report import write_report
+
+        typer.echo(write_report(folders, out))
+    except (FileNotFoundError, ValueError) as error:
+        typer.secho(f"fastcalib report: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    except ImportError as error:
+        typer.secho(f"fastcalib report: {error}; pip install 'fastcalib[report]'", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="fastcalib")

@@ -159,6 +159,8 @@ def test_without_a_compiler_it_installs_as_python_and_says_so_loudly(source: Pat
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     assert not [name for name in names if re.match(r"fastcalib/_C\..*(so|pyd)$", name)]
+    templates = {f"fastcalib/report/templates/{path.name}" for path in (ROOT / "fastcalib/report/templates").iterdir()}
+    assert templates and templates <= set(names)
     # pip hides the message of a successful build, so the installed package must know the reason too.
     answer = facts_of(
         tmp_path / "site",

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -420,3 +422,18 @@ def test_where_the_report_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert write_report(tmp_path / "a") == tmp_path / "a" / "report.html"
     assert write_report(["a", "b"]) == Path("fastcalib-report/report.html")
     assert (tmp_path / "fastcalib-report" / "report.html").is_file()
+
+
+def test_the_command(toy: Path, tmp_path: Path) -> None:
+    def run(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastcalib", "report", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    bare = copy_without(toy, tmp_path / "bare", *SCHEMAS)  # no chart, so no time for pictures
+    done = run(bare, "--out", "there")
+    assert (done.returncode, done.stdout.split()) == (0, ["there/report.html"]), done.stderr
+    assert (tmp_path / "there" / "report.html").is_file()
+    failed = run(tmp_path / "nothing")
+    assert failed.returncode == 1
+    assert "fastcalib report: " in failed.stderr and "has no run.json" in failed.stderr
+    assert "Traceback" not in failed.stderr

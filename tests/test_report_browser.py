@@ -150,6 +150,8 @@ def test_a_point_stands_where_its_numbers_say(browser: Browser, pages: dict[str,
 def test_the_keyboard_reaches_every_chart_and_reads_it(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["one"])
     charts = browser.evaluate("document.querySelectorAll('svg').length")
+    # Chromium lets any SVG that listens have the focus; other browsers want to be told.
+    assert browser.evaluate("document.querySelectorAll('svg[tabindex=\"0\"]').length") == charts
     kind = "(() => { const e = document.activeElement; return [e.tagName, e.className, e.id || '']; })()"
     reached, tables = 0, 0
     browser.press("Tab")

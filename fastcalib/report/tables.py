@@ -257,7 +257,7 @@ def _cost(runs: Sequence[Run]) -> list[Table]:
         if rows:
             total = sum(float(entry.get("seconds") or 0) for entry in run.facts.cost)
             rows.append(["all stages", plain(total), ""])
-            tables.append(Table(run.label, ["stage", "seconds", "covers"], rows))
+            tables.append(Table(run.label, ["stage", "seconds", "covers"], rows, prose=True))
     return tables
 
 
