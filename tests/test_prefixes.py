@@ -157,3 +157,40 @@ def test_a_sample_is_even_over_the_depths_and_has_the_root():
     by_depth = torch.bincount(trie.depth[some]).tolist()
     assert by_depth[0] == 1 and by_depth[1] in (1, 2, 3) and sum(by_depth) == 23  # of 10 and 100: a fifth of each
     assert sample(trie, 1, 0).tolist() == [0]
+
+
+SMALL = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.5, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, more, reason",
+    [
+        ("MistralConfig", {"sliding_window": 4}, None),
+        ("Gemma3TextConfig", {"sliding_window": 4, "head_dim": 16,
+                              "layer_types": ["sliding_attention", "full_attention"]}, None),
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, None),
+        ("MambaConfig", {"state_size": 8}, "it keeps none"),
+    ],
+)  # fmt: skip
+def test_caches_of_other_kinds(config, more, reason):
+    """Windows that slide out of the prompt, states of convolutions; and a model whose states are not handed out."""
+    import transformers
+
+    if not hasattr(transformers, config):
+        pytest.skip(f"this transformers has no {config}")
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**SMALL, **more)).eval()
+    ids = [[a, b, c, d] for a in range(3) for b in range(3, 6) for c in range(6, 8) for d in range(2)]
+    trie = dataclasses.replace(AnswerTrie.from_token_ids(ids), prompt=torch.arange(9, 16))
+    chunks = plan(trie, 4)
+    logits = PrefixLogits(LanguageModel(lambda ids: ids, None, 32, network), trie, chunks)
+    for chunk in chunks:
+        z = logits(chunk)
+        with torch.inference_mode():
+            whole = torch.tensor([trie.prompt.tolist() + trie.prefix(node) for node in chunk.nodes.tolist()])
+            torch.testing.assert_close(z, network(input_ids=whole).logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert logits.without_cache == reason
