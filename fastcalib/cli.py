@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -41,12 +42,94 @@ def demo(
     prompt_style: Annotated[str, typer.Option(help="Prompts of the valid-token tasks: plain or chat.")] = "plain",
 ) -> None:
     """Write a calibration report of a real language model: tables, JSON, CSV and figures."""
-    from .demo import DemoError, DemoOptions, run_demo
+    from .demo import DemoOptions, run_demo
+
+    _run("demo", out, lambda: run_demo(DemoOptions(out, text, model, tokens, window, batch, prompt_style)))
+
+
+@app.command()
+def diagnose(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastcalib-run"),
+    model: Annotated[
+        str | None, typer.Option(help="GGUF file, model folder or id of the hub; without it, SmolLM2-135M.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="us-states, digits, digits-sum, or a file of answers (text, JSON or Parquet).")
+    ] = "us-states",
+    prompt: Annotated[str | None, typer.Option(help="What is asked, for a file of answers.")] = None,
+    digits: Annotated[int, typer.Option(help="How many integers.")] = 2,
+    start: Annotated[int, typer.Option(help="Lowest integer.")] = 0,
+    end: Annotated[int, typer.Option(help="Highest integer.")] = 9,
+    total: Annotated[int | None, typer.Option("--sum", help="Sum of the integers; without it 9.")] = None,
+    sum_rule: Annotated[str, typer.Option(help="equal, or at-most.")] = "equal",
+    style: Annotated[str, typer.Option(help="plain, or chat: the tokenizer's chat template.")] = "plain",
+    end_token: Annotated[str, typer.Option(help="Ends an answer: eos, none, or text that is one token.")] = "eos",
+    tokenisations: Annotated[str, typer.Option(help="canonical, or all that spell the answer.")] = "canonical",
+    temperatures: Annotated[str | None, typer.Option(help="Such as 0.5,1,2; without it, the paper's twelve.")] = None,
+    rules: Annotated[
+        str | None, typer.Option(help="Such as none,top_p=0.9,min_p=0.1; without it, the paper's grid.")
+    ] = None,
+    order: Annotated[str, typer.Option(help="temperature-first, or temperature-last.")] = "temperature-first",
+    precision: Annotated[float, typer.Option(help="Where recall is read off.")] = 0.8,
+    draws: Annotated[int | None, typer.Option(help="Draws of the expected number of different valid tokens.")] = None,
+    batch: Annotated[int, typer.Option(help="Prefixes per forward of the model.")] = 32,
+    max_prefixes: Annotated[int | None, typer.Option(help="Look at an even sample of the prefixes.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that sample.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, or map (spread over all).")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Diagnose order and shape of a model on a task whose answers are all known; write tables for a report."""
+    from .runner.diagnose import run_diagnose
+    from .runner.options import DiagnoseOptions, read_rules, read_temperatures
+
+    def work() -> None:
+        run_diagnose(
+            DiagnoseOptions(
+                out=out, model=model, task=task, prompt=prompt, digits=digits, start=start, end=end, total=total,
+                sum_rule=sum_rule, style=style, end_token=_unescape(end_token), tokenisations=tokenisations,
+                temperatures=read_temperatures(temperatures), rules=read_rules(rules), order=order,
+                precision=precision, draws=draws, batch=batch, max_prefixes=max_prefixes, seed=seed, device=device,
+                dtype=dtype,
+            )
+        )  # fmt: skip
+
+    _run("diagnose", out, work)
+
+
+@app.command()
+def score(
+    out: Annotated[Path, typer.Option(help="Folder for the results; may be that of diagnose.")] = Path("fastcalib-run"),
+    model: Annotated[
+        str | None, typer.Option(help="GGUF file, model folder or id of the hub; without it, SmolLM2-135M.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; without it, Python's reference.")] = None,
+    tokens: Annotated[int, typer.Option(help="Predictions to measure, at least.")] = 8192,
+    window: Annotated[int, typer.Option(help="Tokens of context.")] = 512,
+    batch: Annotated[int, typer.Option(help="Windows per forward of the model.")] = 1,
+    full_ece: Annotated[bool, typer.Option(help="Also the calibration of every token of the vocabulary.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, or map (spread over all).")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Measure the calibration of a model's next-token predictions on text; write numbers for a report."""
+    from .runner.score import ScoreOptions, run_score
+
+    options = ScoreOptions(out, model, text, tokens, window, batch, full_ece, device, dtype)
+    _run("score", out, lambda: run_score(options))
+
+
+def _unescape(text: str) -> str:
+    """A separator as a shell passes it: backslash n is a line break."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _run(command: str, out: Path, work: Callable[[], object]) -> None:
+    """Errors that a person can put right are one sentence and exit code 1; what was finished before Ctrl-C stays."""
+    from .errors import UserError
 
     try:
-        run_demo(DemoOptions(out, text, model, tokens, window, batch, prompt_style))
-    except DemoError as error:
-        typer.secho(f"fastcalib demo: {error}", fg="red", err=True)
+        work()
+    except UserError as error:
+        typer.secho(f"fastcalib {command}: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo(

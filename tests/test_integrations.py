@@ -274,12 +274,12 @@ def test_labels_are_shifted_like_the_models_own():
 def test_smollm2_learns_with_lambda_pr_through_the_fused_path(tmp_path):
     """A real model, real text, two steps: the losses of the path without logits equal those of PyTorch's own."""
     pytest.importorskip("gguf")
-    from fastcalib.demo import model as demo_model
-    from fastcalib.demo.errors import DemoError
+    from fastcalib.errors import UserError
+    from fastcalib.runner import model as demo_model
 
     try:
         source = demo_model.locate(None)
-    except DemoError as error:
+    except UserError as error:
         pytest.skip(str(error).splitlines()[0])
     where = {"gguf_file": source.gguf_file, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, **where)

@@ -241,6 +241,7 @@ def test_fit_of_given_ranks_ragged_rows_and_chunks(monkeypatch):
     y = torch.randn(5, 30).sort(-1, descending=True).values
     k = torch.rand(5, 30).mul(20).long().add(1).cumsum(-1)
     y[1, 10:] = -math.inf
+    k[1, 10:] = 0  # no rank is needed where there is no logit
     y[2, 4:] = math.nan  # too few
     y[3] = 7.0
     whole = head_tail_fit(y.reshape(5, 1, 30), k.reshape(5, 1, 30))

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastcalib
 from fastcalib.backends import resolve
 
+from ..runner.model import LanguageModel, ModelSource, load, locate
 from ..storage import Record, Store, fingerprint
 from . import cost, tokens, valid
 from .errors import DemoError, require
-from .model import LanguageModel, ModelSource, load, locate
 from .report import show, token_report, write_json, write_tables
 from .text import Windows, cut, read_text, tokenise
 

@@ -20,8 +20,8 @@ import torch
 import fastcalib
 from fastcalib.calibration import CalibrationState, TemperatureFit, interpolate_temperature
 
+from ..runner.model import LanguageModel
 from ..storage import Record, Store
-from .model import LanguageModel
 from .text import Windows
 
 # Evenly spaced in 1/T, from T = 0.5 to T = 2, with T = 1 among them: even spacing suits the interpolation.

@@ -19,8 +19,8 @@ from torch import Tensor
 import fastcalib
 from fastcalib import ValidSets
 
+from ..runner.model import LanguageModel
 from ..storage import Record, Store
-from .model import LanguageModel
 
 TEMPERATURES = (0.5, 0.8, 1.0, 1.5, 2.0)
 CUTOFFS = (1, 2, 5, 10, 20, 50, 100, 200, 500)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 HEAD, TAIL = 2, 3  # fewest points on either side of the knee: as many as the side has parameters
-SHIFTS = 48  # values of the tail's shift in the first grid
-REFINEMENTS, FINER = 6, 16  # rounds of a finer grid around the best shift, and its size
-CHUNK = 1 << 21  # points times shifts looked at together; some ten arrays of float64 of this size
+SHIFTS = 32  # values of the tail's shift in the first grid
+REFINEMENTS, FINER = 6, 8  # rounds of a finer grid around the best shift, and its size
+CHUNK = 1 << 16  # points times shifts looked at together: a few arrays of float64 of this size fit into a cache
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,42 @@ def _points(logits: Tensor, rank: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(use, y, torch.nan), k
 
 
-def _line(x: Tensor, y: Tensor, use: Tensor, *, tail: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope, intercept and squared error of y against x over the points up to each (``tail``: beyond each), by sums.
+class _Sums:
+    """Running sums of y over the points of each row, and lines through all points up to, or beyond, each of them.
 
-    x is centred by its own mean over the row first, y by its: the sums of squares then lose few digits.
+    y and x are centred by their means over the row: the sums of squares then lose few digits.
     """
-    n = use.sum(-1, keepdim=True)
-    mx, my = ((t * use).sum(-1, keepdim=True) / n for t in (x, y))
-    u, v = (x - mx) * use, (y - my) * use
-    sums = [t.cumsum(-1) for t in (use.to(x.dtype).expand(u.shape), u, v.expand(u.shape), u * u, u * v, v * v)]
-    if tail:
-        sums = [t[..., -1:] - t for t in sums]
-    count, su, sv, suu, suv, svv = sums
-    count = count.clamp(min=1)
-    cuu, cuv, cvv = suu - su * su / count, suv - su * sv / count, svv - sv * sv / count
-    slope = torch.where(cuu > 0, cuv / torch.where(cuu > 0, cuu, 1.0), 0.0)
-    error = (cvv - slope * cuv).clamp(min=0)
-    intercept = my + (sv - slope * su) / count - slope * mx
-    return slope, intercept, error
+
+    def __init__(self, y: Tensor, use: Tensor, *, tail: bool) -> None:
+        self.use, self.tail = use.to(y.dtype), tail
+        self.n = self.use.sum(-1, keepdim=True).clamp(min=1)
+        self.mean = (y * self.use).sum(-1, keepdim=True) / self.n
+        self.v = (y - self.mean) * self.use
+        self.count = self._run(self.use).clamp(min=1)
+        self.sv = self._run(self.v)
+        self.cvv = self._run(self.v * self.v) - self.sv * self.sv / self.count
+
+    def _run(self, x: Tensor) -> Tensor:
+        sums = x.cumsum(-1)
+        return sums[..., -1:] - sums if self.tail else sums
+
+    def lines(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slope, intercept and squared error against x."""
+        mean = (x * self.use).sum(-1, keepdim=True) / self.n
+        u = (x - mean) * self.use
+        su = self._run(u)
+        share = su / self.count
+        cuu = self._run(u * u) - su * share
+        cuv = self._run(u * self.v) - self.sv * share
+        slope = torch.where(cuu > 0, cuv / torch.where(cuu > 0, cuu, 1.0), 0.0)
+        error = (self.cvv - slope * cuv).clamp(min=0)
+        return slope, self.mean + self.sv / self.count - slope * (share + mean), error
 
 
 def _fit(y: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """(R, M) points -> the seven columns of the fit, each (R,)."""
     use = y.isfinite()
-    y = torch.where(use, y, 0.0)
+    y, k = torch.where(use, y, 0.0), torch.where(use, k, 1.0)
     seen = use.cumsum(-1)
     total = seen[:, -1:] if y.shape[1] else seen.new_zeros(y.shape[0], 1)
     allowed = use & (seen >= HEAD) & (total - seen >= TAIL)
@@ -136,15 +148,15 @@ def _fit(y: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         nan = torch.full((y.shape[0],), torch.nan, dtype=torch.float64, device=y.device)
         return (torch.full_like(total[:, 0], -1), *(nan.clone() for _ in range(6)))
 
-    slope, intercept, head_error = _line(k, y, use, tail=False)
+    slope, intercept, head_error = _Sums(y, use, tail=False).lines(k)
     head_error = torch.where(allowed, head_error, torch.inf)
-    top = torch.where(use, k, 1.0).amax(-1, keepdim=True)
+    behind = _Sums(y[:, None, :], use[:, None, :], tail=True)
+    top = k.amax(-1, keepdim=True)
 
     def best_of(shifts: Tensor) -> tuple[Tensor, ...]:
         """The best knee for each row's shifts (R, S), and of these the best shift: all indexed by row."""
-        x = (k[:, None, :] + shifts[:, :, None]).log()
-        decay, scale, error = _line(x, y[:, None, :], use[:, None, :], tail=True)
-        whole = head_error[:, None, :] + torch.where(use[:, None, :], error, torch.inf)
+        decay, scale, error = behind.lines((k[:, None, :] + shifts[:, :, None]).log())
+        whole = head_error[:, None, :] + error
         at = whole.flatten(1).argmin(-1)
         row, s, m = torch.arange(len(at), device=at.device), at // y.shape[1], at % y.shape[1]
         return shifts[row, s], m, decay[row, s, m], scale[row, s, m], whole[row, s, m], s

@@ -1,0 +1,248 @@
+"""``fastcalib diagnose`` from beginning to end: a model, a task, and a folder of tables."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+import fastcalib
+
+from ..answer_trie import AnswerTrie
+from ..backends import resolve
+from ..diagnostics.order import Order, order_from_ranks
+from ..errors import UserError, require
+from ..storage import Record, Store, fingerprint
+from .assemble import Results, sequence_tables, write_tables
+from .measure import measure
+from .model import LanguageModel, ModelSource, load, locate, model_facts, pick_device
+from .options import DiagnoseOptions
+from .prefixes import Chunk, PrefixLogits, plan, sample
+from .summary import show
+from .tables import RunFacts, read_facts, write_facts
+from .tasks import Task, build_trie
+
+Loader = Callable[..., LanguageModel]
+
+
+def run_diagnose(
+    options: DiagnoseOptions, console: Console | None = None, *, load_model: Loader = load, task: Task | None = None
+) -> RunFacts:
+    """Measure, write the tables and ``run.json`` into ``options.out``, print a summary.
+
+    Every finished chunk of prefixes is on disk under ``out/state`` at once; the same command goes on from there.
+
+    Args:
+        options: see :class:`DiagnoseOptions`.
+        console: where to print; None for the terminal.
+        load_model: gives the model. task: instead of the one the options name.
+
+    Raises:
+        UserError: something is missing or wrong; the message says what to do.
+    """
+    console = console or Console()
+    require("safetensors", "pyarrow")
+    options.check()
+    source = locate(options.model)
+    task = options.build_task() if task is None else task
+    cost: list[dict[str, Any]] = []
+    with progress(console) as bars:
+        model = _loaded(bars, source, options, load_model, cost)
+        with _stage(cost, "answers", f"trie of {len(task.answers):,} answers"):
+            trie = build_trie(
+                model.tokenizer, task, style=options.style, end_token=options.end_token,
+                tokenisations=options.tokenisations,
+            )  # fmt: skip
+        found, reason = _measured(bars, model, source, trie, options, cost)
+        with _stage(cost, "whole answers and tables", f"{len(found.nodes):,} prefixes"):
+            order = _order(found, model.vocab_size, options)
+            sequences = sequence_tables(trie, found, options) if found.complete else None
+            (options.out / "run.json").unlink(missing_ok=True)  # not a run again before all of it is there
+            before = _calibration_before(found.before, source)
+            write_tables(options.out, trie, found, order, sequences, options, model.tokenizer)
+    facts = RunFacts(
+        model=model_facts(source, model),
+        task=_task_facts(task, trie, options),
+        options=_option_facts(options, found, reason),
+        calibration=before.calibration if before else {},
+        cost=cost + (_calibration_cost(before) if before else []),
+        versions=versions(),
+    )
+    write_facts(options.out, facts)
+    show(facts, trie, found, order, sequences, console)
+    if reason:
+        console.print(f"No cache was used: {reason}. Every prefix was read from its beginning.", style="yellow")
+    if not found.complete:
+        console.print(
+            f"{len(found.nodes):,} of {trie.inner().numel():,} prefixes were looked at (--max-prefixes), so nothing is "
+            "said about whole answers.",
+            style="yellow",
+        )
+    console.print(f"Everything is in {options.out}; `fastcalib report {options.out}` makes a page of it.")
+    return facts
+
+
+def _loaded(
+    bars: Progress, source: ModelSource, options: DiagnoseOptions, load_model: Loader, cost: list[dict[str, Any]]
+) -> LanguageModel:
+    bar = bars.add_task(f"loading {source.name}", total=1)
+    with _stage(cost, "loading", source.name):
+        model = load_model(source, pick_device(options.device), options.dtype)
+    bars.advance(bar)
+    return model
+
+
+def _measured(
+    bars: Progress,
+    model: LanguageModel,
+    source: ModelSource,
+    trie: AnswerTrie,
+    options: DiagnoseOptions,
+    cost: list[dict[str, Any]],
+) -> tuple[Results, str | None]:
+    """Every prefix measured, taken from disk where an earlier run did it; and why no cache was used, if so."""
+    wanted = sample(trie, options.max_prefixes, options.seed)
+    chunks = plan(trie, options.batch, wanted)
+    logits = PrefixLogits(model, trie, chunks)
+    store = Store(options.out / "state" / fingerprint(_identity(source, trie, options, wanted)))
+    todo = [chunk for chunk in chunks if bool(chunk.wanted.any())]
+    bar = bars.add_task("prefixes", total=sum(int(chunk.wanted.sum()) for chunk in todo))
+    nodes, records, seconds = [], [], {"model": 0.0}
+    reason = None
+    for chunk in todo:
+        record = store.get(
+            f"prefixes-{chunk.number:06d}", None, functools.partial(_compute, logits, chunk, model.vocab_size, options)
+        )
+        for stage, value in record.facts["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+        reason = reason or record.facts["without_cache"]
+        nodes.append(chunk.nodes[chunk.wanted])
+        records.append(record.tensors)
+        bars.advance(bar, int(chunk.wanted.sum()))
+    found = Results.of(trie, nodes, records, complete=wanted is None)
+    found.before = read_facts(options.out) if (options.out / "run.json").is_file() else None
+    n = f"{len(found.nodes):,} prefixes"
+    cost += [{"stage": stage, "seconds": value, "covers": n} for stage, value in seconds.items()]
+    return found, reason
+
+
+def _compute(logits: PrefixLogits, chunk: Chunk, vocab_size: int, options: DiagnoseOptions) -> Record:
+    start = time.perf_counter()
+    z = logits(chunk)
+    if z.is_cuda:
+        torch.cuda.synchronize(z.device)
+    seconds = {"model": time.perf_counter() - start}
+    if not bool(chunk.wanted.all()):
+        z = z[chunk.wanted.to(z.device)]
+    record = measure(z, logits.trie, chunk.nodes[chunk.wanted], options, vocab_size)
+    facts = {"seconds": seconds | record.facts["seconds"], "without_cache": logits.without_cache}
+    return Record(record.tensors, facts)
+
+
+def _order(found: Results, vocab_size: int, options: DiagnoseOptions) -> Order:
+    return order_from_ranks(
+        found.valid["n_greater"], found.valid["n_equal"], found.sets, counts=found.counts, vocab_size=vocab_size,
+        precision=options.precision,
+    )  # fmt: skip
+
+
+def _identity(source: ModelSource, trie: AnswerTrie, options: DiagnoseOptions, wanted: Tensor | None) -> dict[str, Any]:
+    """What finished chunks depend on. Their seconds do not matter, so neither do the threads."""
+    fields = ("order", "precision", "draws", "batch", "top", "fit_ranks", "dtype", "device")
+    return {
+        "model": source.identity,
+        "prompt": trie.prompt.tolist(),
+        "trie": fingerprint([x.tolist() for x in (trie.token, trie.parent, trie.weight)]),
+        "wanted": None if wanted is None else fingerprint(wanted.tolist()),
+        "temperatures": options.temperatures,
+        "rules": [str(rule) for rule in options.rules],
+        **{name: getattr(options, name) for name in fields},
+        "fastcalib": [fastcalib.__version__, resolve("auto", torch.device("cpu"))],
+    }
+
+
+def _task_facts(task: Task, trie: AnswerTrie, options: DiagnoseOptions) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "prompt": task.prompt,
+        "answers": trie.n_answers,
+        "sequences": int(trie.count[0]),
+        "max_depth": trie.max_depth,
+        "end_token": options.end_token,
+        "tokenisation": options.tokenisations,
+        "style": options.style,
+    }
+
+
+def _option_facts(options: DiagnoseOptions, found: Results, reason: str | None) -> dict[str, Any]:
+    return {
+        "temperatures": list(options.temperatures),
+        "rules": [str(rule) for rule in options.rules],
+        "order": options.order,
+        "precision": options.precision,
+        "draws": options.draws,
+        "batch": options.batch,
+        "prefixes": len(found.nodes),
+        "max_prefixes": options.max_prefixes,
+        "seed": options.seed,
+        "top": options.top,
+        "fit_ranks": options.fit_ranks,
+        "without_cache": reason,
+    }
+
+
+def _calibration_before(before: RunFacts | None, source: ModelSource) -> RunFacts | None:
+    """The earlier run in the folder, if it is of the same model and ``fastcalib score`` had its part in it."""
+    return before if before and before.calibration and before.model.get("name") == source.name else None
+
+
+def _calibration_cost(before: RunFacts) -> list[dict[str, Any]]:
+    return [entry for entry in before.cost if str(entry.get("stage", "")).startswith("score")]
+
+
+class _stage:
+    """Adds its seconds to the cost."""
+
+    def __init__(self, cost: list[dict[str, Any]], stage: str, covers: str) -> None:
+        self.entry, self.cost = {"stage": stage, "seconds": 0.0, "covers": covers}, cost
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.cost.append(self.entry | {"seconds": time.perf_counter() - self.start})
+
+
+def versions() -> dict[str, Any]:
+    """fastcalib, torch, transformers, python, machine."""
+    import importlib.metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    names: Iterable[str] = ("torch", "transformers")
+    return {
+        "fastcalib": fastcalib.__version__,
+        **{name: version(name) for name in names},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def progress(console: Console) -> Progress:
+    """The bars of a command."""
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+__all__ = ["DiagnoseOptions", "UserError", "run_diagnose"]
