@@ -26,8 +26,8 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastcalib.demo.errors import DemoError
-from fastcalib.demo.model import load_module, locate, token_count
 from fastcalib.demo.valid import tasks
+from fastcalib.runner.model import load_module, locate, token_count
 from fastcalib.storage import Store
 
 QUICK = Settings(blocks=1, warm_up=1, steps=1)
