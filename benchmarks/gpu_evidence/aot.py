@@ -34,7 +34,8 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("float32", "bfloat16", "float16")
 # Rows that are aligned to 16 bytes, and rows that are not.
 VOCABULARIES = (128_256, 50_257)
-OPERATIONS = ("statistics", "ranks", "softmax")
+OPERATIONS = ("statistics", "ranks", "softmax", "linear")
+DEPTH = 4_096  # of the layer of "linear"
 MARK = "AOT-RESULT "
 PARALLEL = 2  # targets compiled at a time
 
@@ -57,6 +58,7 @@ class Kernel:
     barriers: int
     instructions: int
     loop: Counts | None  # one iteration of the main loop
+    products: int = 0  # instructions of the tensor cores
 
 
 def table(
@@ -197,6 +199,8 @@ def _call_everything(logits: Any, label: Callable[[str], None], operations: list
             _gpu.statistics_with_gradient(
                 torch.empty_like(logits), packed, *upstream, logits, one, index, v, -100, smoothing
             )
+    if "linear" in operations and v == VOCABULARIES[0] and launch.threads_per_warp == 32:
+        _call_layer(logits, label)
     for temperature, many in ((one, 40), (None, 2)) if "ranks" in operations else ():
         ids = torch.zeros(n * many, dtype=torch.int64)
         counts = (torch.empty(n * many, dtype=torch.int64), torch.empty(n * many, dtype=torch.int64))
@@ -209,6 +213,28 @@ def _call_everything(logits: Any, label: Callable[[str], None], operations: list
             torch.empty_like(logits), torch.empty(n, dtype=torch.float64), logits, out, norm, one, v, False, "triton"
         )
     launch.processors_override = None
+
+
+def _call_layer(logits: Any, label: Callable[[str], None]) -> None:
+    """The launches of linear_statistics. Not for AMD: there the product is the library's (linear_statistics.serves)."""
+    import torch
+    import triton
+
+    from fastcalib.ops._statistics import allocate
+    from fastcalib.triton_kernels import linear_statistics
+
+    n, v = logits.shape
+    hidden, weight, bias = (torch.empty(*shape, dtype=logits.dtype) for shape in ((n, DEPTH), (v, DEPTH), (v,)))
+    index = torch.zeros(n, dtype=torch.int64)
+    linear_statistics.major_override = triton.runtime.driver.active.get_current_target().arch // 10
+    kinds = ((1, " of a layer", False), (1, " with bias and softcap", True), (4, " at 4 temperatures", False))
+    for k, text, capped in kinds:
+        label(text)
+        temperature = torch.ones(1, k, dtype=torch.float64)
+        out = allocate(logits, temperature, index, False)
+        layer = (hidden, weight, bias, 0.5, 30.0) if capped else (hidden, weight, None, None, None)
+        linear_statistics.forward(out, *layer, temperature, index, 1, None, -100, True)
+    linear_statistics.major_override = None
 
 
 def _measure(name: str, kernel: Any, target: str, dtype: str, vocab: int) -> Kernel:

@@ -29,6 +29,10 @@ class Instruction:
         return self.name.partition(".")[0]
 
 
+# HMMA, HGMMA (wgmma), UTCHMMA (tcgen05)
+_PRODUCT = re.compile(r"(?:UTC)?[A-Z]?G?MMA|UTC\w+MMA")
+
+
 @dataclass(frozen=True)
 class Counts:
     """Of some stretch of code. Widths are in bits."""
@@ -38,6 +42,7 @@ class Counts:
     ex2: int
     spills: int  # loads and stores of local memory
     instructions: int
+    products: int = 0  # instructions of the tensor cores
 
     @property
     def load_bytes(self) -> int:
@@ -95,13 +100,17 @@ def count(code: list[Instruction]) -> Counts:
         ex2=sum(i.name.startswith("MUFU.EX2") for i in code),
         spills=sum(i.kind in ("LDL", "STL") for i in code),
         instructions=sum(i.kind != "NOP" for i in code),
+        products=sum(bool(_PRODUCT.fullmatch(i.kind)) for i in code),
     )
 
 
 def main_loop(code: list[Instruction]) -> Counts | None:
-    """None where no loop touches global memory. A branch to itself, as at the end of the code, is no loop."""
+    """The innermost loop that multiplies matrices, if any does; else that over the logits, None where no loop touches
+    global memory. A branch to itself, as at the end of the code, is no loop."""
     spans = {(i.target, i.address) for i in code if i.target is not None and i.target < i.address}
     loops = {span: count([i for i in code if span[0] <= i.address <= span[1]]) for span in spans}
+    if multiplying := [counts for counts in loops.values() if counts.products]:
+        return min(multiplying, key=lambda counts: counts.instructions)
     return innermost({span: counts for span, counts in loops.items() if counts.loads})
 
 
