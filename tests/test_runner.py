@@ -56,7 +56,10 @@ def finished(folder: Path, tmp_path_factory) -> DiagnoseOptions:
     options = DiagnoseOptions(
         out=out, model=str(folder), temperatures=TEMPERATURES, rules=RULES, batch=3, top=10, fit_ranks=50
     )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests: the bits of the model's own products depend on it
     run(options)
+    torch.set_num_threads(threads)
     return options
 
 
