@@ -82,11 +82,9 @@ class Run:
         return {} if trie is None else dict(zip(trie["node"].tolist(), trie["depth"].tolist()))
 
 
-def np_array(values: Sequence[int]) -> Any:
-    """int64, as pyarrow wants its sets."""
-    import pyarrow as pa
-
-    return pa.array(values, pa.int64())
+def counts_of(trie: Columns, nodes: np.ndarray) -> np.ndarray:
+    """The answers below some nodes (a table of the trie is in order of its nodes)."""
+    return trie["count"][np.searchsorted(trie["node"], nodes)].astype(float)
 
 
 def read_runs(folders: Iterable[Path | str]) -> list[Run]:

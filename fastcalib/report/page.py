@@ -12,12 +12,13 @@ from typing import Any
 from ..storage import whole_file
 from . import measures
 from .data import PrefixSample, Run, numbers, read_runs, sample_prefixes
+from .frontiers import GRID, frontiers
 from .headlines import headlines
 from .tables import all_tables
 
 _MEASURES = {
     "sequence": measures.sequence,
-    "frontiers": measures.frontiers,
+    "frontiers": frontiers,
     "order": measures.order,
     "rules": measures.rules,
     "shape": measures.shape,
@@ -63,7 +64,7 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Any], PrefixSample]:
     payload: dict[str, Any] = {name: [make(run) for run in runs] for name, make in _MEASURES.items()}
     payload["runs"] = [run.label for run in runs]
     payload["answers"] = [run.answers for run in runs]
-    payload["grid"] = numbers(measures.GRID)
+    payload["grid"] = numbers(GRID)
     payload["precision"] = next((p for run in runs if (p := run.facts.options.get("precision"))), 0.8)
     payload["draws"] = next((d for run in runs if (d := run.facts.options.get("draws"))), None)
     payload["prefixes"] = [{"text": prefix.text, "depth": prefix.depth} for prefix in sample.prefixes]
@@ -91,7 +92,7 @@ def render(runs: Sequence[Run], payload: dict[str, Any], sample: PrefixSample) -
         subtitle=_subtitle(runs, sample),
         prompts=list(dict.fromkeys(str(run.facts.task["prompt"]) for run in runs if run.facts.task.get("prompt"))),
         runs=runs,
-        headlines=headlines(runs),
+        headlines=headlines(runs, payload),
         tables=all_tables(runs, payload, sample),
         absent=_absent(runs),
         has_prefixes=any(entry for entries in payload["details"] for entry in entries),
