@@ -195,20 +195,14 @@ template <class T> __global__ void __launch_bounds__(kThreads, 3)
             for (int u = 0; u < kPer; ++u) z[u] = sum[u];
         });
     } else {
-        const float value = g.kind == RowGradient::kZero ? 0.0f : __int_as_float(0x7fc00000);
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            float z[kPer];
-#pragma unroll
-            for (int u = 0; u < kPer; ++u) z[u] = start + segment.column(j, u) < a.vocab ? value : 0.0f;
-            segment.vectors[j] = narrow<T>(z);
-        }
+        segment.fill(start, a.vocab, g.kind == RowGradient::kZero ? 0.0f : __int_as_float(0x7fc00000), 0.0f);
     }
     store_segment(segment, out, start, a.width);
-    if (g.kind < RowGradient::kSimple) return;
-    if (!a.selected.ids && g.top_gradient == 0) return;
+    // Read again, rather than kept in registers while the segment fills them.
+    const RowGradient again = prepared.rows[row];
+    if (again.kind < RowGradient::kSimple || (!a.selected.ids && again.top_gradient == 0)) return;
     __syncthreads();  // the columns below are written twice, in this order
-    rewrite_selected<T>(a, g, polynomials, row, start);
+    rewrite_selected<T>(a, again, polynomials, row, start);
 }
 
 size_t carve(Prepared& prepared, void* workspace, const StatisticsBackwardArgs& args) {
