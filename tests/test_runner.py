@@ -452,7 +452,7 @@ def test_the_bundled_model_on_the_states(tmp_path):
     root = found["order"][0]
     assert root["valid"] > 30 and root["auroc"] > 0.99
     sequences = {(row["rule"], row["temperature"]): row for row in found["sequence"]}
-    # Heated, a model that names states names other things; cold, its likeliest first token, which is not one of a state.
+    # Heated, a model that names states names other things; cold, its likeliest first token, which is no state's.
     # Dropping tokens makes answers likelier.
     plain = [sequences["none", t]["validity"] for t in (0.6, 1.0, 2.0)]
     assert plain[1] > max(plain[0], plain[2]) and min(plain) > 0 and max(plain) < 1
