@@ -21,6 +21,7 @@ pytest.importorskip("pyarrow", reason="the report needs the extra fastcalib[repo
 from fastcalib.report import data, write_report
 from fastcalib.report.data import read_runs, sample_prefixes
 from fastcalib.report.page import collect, render, script_json
+from fastcalib.report.tables import differences
 from fastcalib.runner.tables import SCHEMAS, RunFacts, write_facts, write_table
 
 from .report_runs import NASTY, TOKENS, write_large_run, write_toy_run
@@ -148,8 +149,35 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     for folder, (model, task) in facts.items():
         write_facts(tmp_path / folder, RunFacts({"name": model}, {"name": task}))
     assert [run.label for run in read_runs(tmp_path / name for name in facts)] == ["m (a)", "m (b)", "n"]
+    # What all runs share is said in the title once, and not in every label.
+    assert [run.label for run in read_runs(tmp_path / name for name in "ab")] == ["a", "b"]
+    assert [run.label for run in read_runs([tmp_path / "a"])] == ["m"]
     write_facts(tmp_path / "b", RunFacts({"name": "m"}, {"name": "y"}))
     assert [run.label for run in read_runs(tmp_path / name for name in facts)] == ["m · x", "m · y", "n · x"]
+    assert [run.label for run in read_runs(tmp_path / name for name in "ab")] == ["x", "y"]
+    for folder in ("one/run", "two/run"):
+        write_facts(tmp_path / folder, RunFacts({"name": "m"}, {"name": "x"}))
+    assert [run.label for run in read_runs(tmp_path / name / "run" for name in ("one", "two"))] == [
+        "one/run",
+        "two/run",
+    ]
+
+
+def test_the_head_says_what_runs_differ_in(toy: Path, other: Path, tmp_path: Path) -> None:
+    assert "What the runs differ in" not in page_of(toy) + page_of(toy, other)
+    chat = copy_without(other, tmp_path / "chat")
+    facts = json.loads((chat / "run.json").read_text())
+    facts["task"] |= {"style": "chat", "end_token": "\n"}
+    facts["options"]["draws"] = 5
+    (chat / "run.json").write_text(json.dumps(facts))
+    found = differences(read_runs([other, chat]))
+    assert found is not None
+    assert found.rows == [
+        ["an answer ends with", "<end>", "⏎"],
+        ["the question is put as", "plain", "chat"],
+        ["draws", "–", "5"],
+    ]
+    assert "What the runs differ in" in page_of(other, chat)
 
 
 def test_prefixes_meet_in_their_text(tmp_path: Path) -> None:

@@ -182,6 +182,23 @@ def test_shape_is_mean_and_quartiles_of_what_is_finite(toy: Path) -> None:
     assert found["measures"]["expected_distinct"]["mean"][at] == pytest.approx(np.mean(shares), rel=FIVE_DIGITS)
 
 
+def test_shape_among_the_valid_needs_a_choice(toy: Path) -> None:
+    # A prefix with one valid token has distance 0 and evenness 1 whatever the model does: it would hide the others.
+    (run,) = read_runs([toy])
+    table, order = run.table("shape"), run.table("order")
+    found = measures.shape(run)
+    assert table is not None and order is not None and found is not None
+    size = dict(zip(order["node"], order["valid"]))
+    several = np.array([size[node] > 1 for node in table["node"]])
+    assert 0 < several.sum() < len(several)
+    assert (found["choices"], found["prefixes"]) == ((order["valid"] > 1).sum(), len(order["node"]))
+    at, rows = found["temperatures"].index(1), table["temperature"] == 1.0
+    for key, mask in (("kl_valid", rows & several), ("evenness", rows & several), ("valid_mass", rows)):
+        want = [table[key][mask].mean(), *np.quantile(table[key][mask], [0.25, 0.75])]
+        got = [found["measures"][key][name][at] for name in ("mean", "low", "high")]
+        assert got == pytest.approx(want, rel=FIVE_DIGITS), key
+
+
 def test_the_details_of_a_prefix(toy: Path) -> None:
     (run,) = read_runs([toy])
     sample = sample_prefixes([run])

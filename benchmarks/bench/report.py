@@ -15,6 +15,7 @@ TITLES = {
     "dense": "Dense softmax",
     "pr": "Precision-recall divergence",
     "losses": "Losses",
+    "diagnostics": "Order, cutoffs and shape",
     "linear": "Linear layer",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +14,37 @@ RELIABLE = 0.8
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """
-    >>> percent(0.123), percent(0.00004), percent(None), percent(1.0), percent(0.9999)
-    ('12.3%', '< 0.1%', '–', '100%', '> 99.9%')
+    """A share; below 1% with two digits that count, however small it is.
+
+    >>> percent(0.123), percent(0.0000444), percent(1e-9), percent(None), percent(1.0), percent(0.9999)
+    ('12.3%', '0.0044%', '< 0.000001%', '–', '100%', '> 99.9%')
     """
     if value is None:
         return "–"
-    if 0 < value < 0.5 * 10 ** -(digits + 2):
-        return f"< {10**-digits:g}%"
     if 1 - 0.5 * 10 ** -(digits + 2) <= value < 1:
         return f"> {100 - 10**-digits:g}%"
+    if 0 < value < 0.01:
+        if value < 1e-8:
+            return "< 0.000001%"
+        digits = 1 - math.floor(math.log10(100 * value))
+        return f"{100 * value:.{digits}f}".rstrip("0").rstrip(".") + "%"
     return f"{100 * value:.{digits}f}".removesuffix("." + "0" * digits) + "%"
+
+
+def out_of(share: float) -> str:
+    """How many of how many: the smallest round number of which there is at least one.
+
+    >>> out_of(0.009)
+    'Of 1,000 answers drawn, about 9 are valid.'
+    >>> out_of(0.0000444)
+    'Of 100,000 answers drawn, about 4 are valid.'
+    """
+    if share < 1e-12:
+        return "None is ever valid." if share == 0 else "Hardly ever is one valid."
+    of = 1000
+    while of * share < 1:
+        of *= 10
+    return f"Of {of:,} answers drawn, about {of * share:,.0f} are valid."
 
 
 def plain(value: float | None) -> str:
@@ -93,7 +114,7 @@ def _validity(found: _Found) -> dict[str, Any] | None:
         "explain": "The chance that an answer drawn from the model as it is (temperature 1, every token allowed) is "
         "one of the valid answers.",
         "value": percent(at["validity"]),
-        "sentence": f"Of 1,000 answers drawn, about {1000 * at['validity']:,.0f} are valid.",
+        "sentence": out_of(at["validity"]),
     }
 
 
@@ -192,13 +213,16 @@ def _evenness(found: _Found) -> dict[str, Any] | None:
         return None
     i = shape["temperatures"].index(1)
     kl, evenness = (shape["measures"][key]["mean"][i] for key in ("kl_valid", "evenness"))
+    if kl is None:
+        return None
     return {
         "label": "Shape: distance from the target",
         "explain": "KL divergence, in nats, from the ideal distribution over the valid tokens (each in proportion to "
         "the answers below it) to the model's own, invalid tokens set aside. 0 is perfect. Temperature 1, mean over "
-        "prefixes.",
+        "the prefixes that leave a choice, those with several valid tokens.",
         "value": plain(kl),
-        "sentence": f"The model spreads as over {percent(evenness)} of the valid tokens.",
+        "sentence": f"Spread as over {percent(evenness)} of the valid tokens; {shape['choices']:,} of "
+        f"{shape['prefixes']:,} prefixes leave a choice.",
     }
 
 

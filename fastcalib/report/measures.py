@@ -142,7 +142,11 @@ def order(run: Run) -> dict[str, Any] | None:
 
 
 def shape(run: Run) -> dict[str, Any] | None:
-    """Shape scalars over temperature: mean and quartiles; distinct tokens are a share of the valid ones."""
+    """Shape scalars over temperature: mean and quartiles; distinct tokens are a share of the valid ones.
+
+    Where one token alone is valid there is nothing to spread: distance among the valid tokens and evenness are means
+    over the other prefixes.
+    """
     table = run.table("shape")
     if table is None:
         return None
@@ -150,14 +154,18 @@ def shape(run: Run) -> dict[str, Any] | None:
     sizes = _by_node(run.table("order"), "valid")
     if not sizes and (valid := run.table("valid")) is not None:
         sizes = dict(zip(*(part.tolist() for part in np.unique(valid["node"], return_counts=True))))
+    size = np.array([sizes.get(node, np.nan) for node in table["node"].tolist()])
     measures: dict[str, Any] = {}
     for key in SHAPE_MEASURES:
         values = table[key].astype(float)
         if key == "expected_distinct":
-            values = values / np.array([sizes.get(node, np.nan) for node in table["node"].tolist()])
+            values = values / size
+        if key in ("kl_valid", "evenness"):
+            values = np.where(size == 1, np.nan, values)
         columns = zip(*(spread(values[table["temperature"] == t]) for t in temperatures))
         measures[key] = {name: numbers(column) for name, column in zip(("mean", "low", "high"), columns)}
-    return {"temperatures": numbers(temperatures), "measures": measures}
+    nodes = [len(np.unique(table["node"][mask])) for mask in (size != 1, np.ones(len(size), bool))]
+    return {"temperatures": numbers(temperatures), "measures": measures, "choices": nodes[0], "prefixes": nodes[1]}
 
 
 def reliability(run: Run) -> list[dict[str, Any]] | None:

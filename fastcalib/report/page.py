@@ -99,7 +99,6 @@ def render(runs: Sequence[Run], payload: dict[str, Any], sample: PrefixSample) -
         sampled=f"To choose from: {shown:,} of {sample.total:,} prefixes, those with the most answers at each depth."
         if shown < sample.total
         else "",
-        shape_note="Prefixes whose value is not finite are left out of the means.",
         version=metadata.version("fastcalib"),
         folders=", ".join(str(run.folder) for run in runs),
         payload=Markup(script_json(payload)),
@@ -122,9 +121,16 @@ def script_json(value: Any) -> str:
 
 
 def _title(runs: Sequence[Run], tasks: Sequence[str]) -> str:
-    names = list(dict.fromkeys(str(run.facts.model.get("name") or run.folder.name) for run in runs))
-    joined = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
-    return f"{joined} on {', '.join(tasks)}" if tasks else f"{joined}: calibration"
+    joined = _list(list(dict.fromkeys(run.model for run in runs)))
+    return f"{joined} on {_list(list(tasks))}" if tasks else f"{joined}: calibration"
+
+
+def _list(names: Sequence[str]) -> str:
+    """
+    >>> _list(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _subtitle(runs: Sequence[Run], sample: PrefixSample) -> str:
@@ -134,9 +140,14 @@ def _subtitle(runs: Sequence[Run], sample: PrefixSample) -> str:
     kind = "Every next-token distribution on the way to"
     several = len({other.task for other in runs}) > 1
     what = "the valid answers of each task" if several else f"one of {run.answers:,} valid answers"
-    return f"{kind} {what}: {sample.total:,} prefixes, each looked at in full." + (
-        " The question asked:" if run.facts.task.get("prompt") else ""
-    )
+    counts = list(dict.fromkeys(_looked_at(run, total) for run, total in zip(runs, sample.totals) if total))
+    asked = " The question asked:" if any(run.facts.task.get("prompt") for run in runs) else ""
+    return f"{kind} {what}{f': {_list(counts)} prefixes' if counts else ''}.{asked}"
+
+
+def _looked_at(run: Run, total: int) -> str:
+    looked = int(run.facts.options.get("prefixes") or total)
+    return f"{total:,}" if looked >= total else f"{looked:,} of {total:,}"
 
 
 def _absent(runs: Sequence[Run]) -> dict[str, list[tuple[str, dict[str, str]]]]:
