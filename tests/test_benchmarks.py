@@ -406,27 +406,3 @@ def test_tables_and_picture_from_an_earlier_run(document, tmp_path):
     text = page.read_text()
     assert "| statistics K=8 arithmetic | fp32 | 4 x 64 |" in text
     assert "## Statistics: forward + backward, fresh gradient memory" in text
-
-
-# --- order, cutoffs and shape
-
-
-def test_plain_diagnostics_are_those_of_the_library():
-    """What is compared is the same work: every number of one is a number of the other."""
-    from bench import diagnostics
-    from bench.problem import max_error
-
-    logits = torch.randn(5, 3_000, dtype=torch.float64) * 3
-    factories, reference = diagnostics.competitors(logits)
-    got, want = factories["fastcalib"]()(), reference(5)
-    assert set(got) == set(want)
-    assert max_error(got, want) < 6e-8  # shares of counts, which the plain one divides in float32
-    assert max_error(diagnostics.plain(logits.float(), diagnostics.valid_tokens(logits)), want) < 1e-3
-
-
-def test_scale_in_small(capsys):
-    from bench import scale
-
-    found = scale.run(5, 400, 2, 2, torch.float32, rounds=1)
-    assert found["prefixes"] == 5 and found["ratio"] > 0
-    assert "5 prefixes" in scale.describe(found, "fp32")

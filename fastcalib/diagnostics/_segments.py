@@ -44,7 +44,8 @@ def running_count(flags: Tensor, offsets: Tensor) -> Tensor:
 def scan(values: Tensor, offsets: Tensor, combine: Callable[[Tensor, Tensor], Tensor], *, back: bool = False) -> Tensor:
     """Inclusive running ``combine`` (torch.add, torch.maximum) within each set; with ``back`` from its end.
 
-    Doubling strides (Hillis and Steele): after step d each place has combined 2 d neighbours. log2(largest set) passes.
+    Doubling strides (Hillis and Steele): after step d each place has combined 2 d neighbours. log2(largest set) passes;
+    on an accelerator, where its size is not known without waiting, log2(nnz).
     """
     out = values.flip(0) if back else values
     sizes = offsets.diff()
@@ -53,7 +54,7 @@ def scan(values: Tensor, offsets: Tensor, combine: Callable[[Tensor, Tensor], Te
     starts = sizes.cumsum(0) - sizes
     size = out.numel()
     inside = torch.arange(size, device=out.device) - starts.repeat_interleave(sizes, output_size=size)
-    step, most = 1, int(sizes.max()) if size else 0
+    step, most = 1, int(sizes.max()) if size and out.device.type == "cpu" else size
     while step < most:
         earlier = out[:-step] if step else out
         out = torch.cat([out[:step], torch.where(inside[step:] >= step, combine(out[step:], earlier), out[step:])])

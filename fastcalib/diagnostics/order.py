@@ -232,5 +232,10 @@ def _check(n_greater: Tensor, n_equal: Tensor, sets: ValidSets, vocab_size: int,
             )
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
         raise ValueError(f"vocab_size must be a positive int, got {vocab_size!r}")
+    check_precision(precision)
+
+
+def check_precision(precision: float) -> None:
+    """Raise unless a precision can be asked for."""
     if not 0 < precision <= 1:
         raise ValueError(f"precision must lie in (0, 1], got {precision!r}")
