@@ -17,7 +17,6 @@ TITLES = {
     "losses": "Losses",
     "diagnostics": "Order, cutoffs and shape",
     "linear": "Linear layer",
-    "diagnostics": "Order, cutoffs and shape",
 }
 
 
