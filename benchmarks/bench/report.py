@@ -15,8 +15,8 @@ TITLES = {
     "dense": "Dense softmax",
     "pr": "Precision-recall divergence",
     "losses": "Losses",
-    "linear": "Linear layer",
     "diagnostics": "Order, cutoffs and shape",
+    "linear": "Linear layer",
 }
 
 
