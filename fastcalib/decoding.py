@@ -51,6 +51,8 @@ __all__ = [
 ]
 
 ORDERS = ("temperature-first", "temperature-last")
+# Of (rows, K, R) divided in one go: 128 KB in float64.
+CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -208,12 +210,19 @@ def _named(found: RowCutoffs, sets: ValidSets | None, leading: Sequence[int], ha
         return Cutoffs(threshold, kept, mass)
     assert found.kept_valid is not None and found.kept_counts is not None and found.total_counts is not None
     assert found.valid_mass is not None
-    undefined = found.threshold.isnan()
+    n_rows, k_count, r_count = found.threshold.shape
+    step = max(1, CHUNK // (k_count * r_count)) if found.threshold.device.type == "cpu" else max(1, n_rows)
 
     def share(part: Tensor, whole: Tensor) -> Tensor:
-        whole = whole.reshape(-1, *(1,) * (part.dim() - whole.dim()), *whole.shape[1:])
-        ratio = part.to(torch.float64, copy=True).div_(whole)  # integers alone would divide to float32
-        return shaped(ratio.masked_fill_(undefined, torch.nan))
+        # Shares of counts, which nobody else looks at, take their place.
+        ratio = (
+            part if part.dtype == torch.float64 else torch.empty(part.shape, dtype=torch.float64, device=part.device)
+        )
+        for start in range(0, len(part), step):
+            rows = slice(start, start + step)
+            some = part[rows].to(torch.float64) / whole[rows]
+            ratio[rows] = some.masked_fill_(found.threshold[rows].isnan(), torch.nan)
+        return shaped(ratio)
 
     return Cutoffs(
         threshold,
@@ -223,8 +232,8 @@ def _named(found: RowCutoffs, sets: ValidSets | None, leading: Sequence[int], ha
         shaped(found.kept_valid),
         shaped(found.valid_mass),
         precision=share(found.kept_valid, found.kept),
-        recall=share(found.kept_counts, found.total_counts),
-        token_recall=share(found.kept_valid, sets.counts()),
+        recall=share(found.kept_counts, found.total_counts[:, None, None]),
+        token_recall=share(found.kept_valid, sets.counts()[:, None, None]),
     )
 
 

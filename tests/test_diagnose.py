@@ -170,7 +170,8 @@ def test_blocks_of_sets_do_not_change_a_bit(cpp_backend, chunk, monkeypatch):
     counts = torch.arange(1, sets.values.numel() + 1)
     whole = [diagnose(logits, sets, RULES, x, counts=counts, backend=cpp_backend) for x in (t, [0.5, 1.0])]
     shapes = [shape(logits, sets, counts=counts, temperature=x, backend=cpp_backend) for x in (t, [0.5, 1.0])]
-    monkeypatch.setattr(importlib.import_module("fastcalib.diagnostics.shape"), "CHUNK", chunk)
+    monkeypatch.setattr(importlib.import_module("fastcalib.decoding"), "CHUNK", chunk)
+    monkeypatch.setattr(importlib.import_module("fastcalib.diagnostics._segments"), "CHUNK", chunk)
     for x, want, alone in zip((t, [0.5, 1.0]), whole, shapes):
         assert_same_bits(
             diagnose(logits, sets, RULES, x, counts=counts, backend=cpp_backend), want, f"blocks of {chunk}"

@@ -18,7 +18,7 @@ from .memory import peak_extra
 from .suite import make_ceilings
 
 STD = 3.0  # of the logits: about what a language model gives
-PREFIXES, VOCAB, CHUNK = 10_000, 151_936, 500
+PREFIXES, VOCAB, CHUNK = 10_000, 151_936, 2_000
 EAGER_ROWS = (2, 8, 32)  # plain PyTorch is given the number of rows at a time that suits its caches best
 OURS, THRICE, READ, EAGER = "diagnose", "three calls", "read", "eager"
 

@@ -16,9 +16,10 @@ from ..decoding import Cutoffs, cutoffs, find_cutoffs
 from ..ops._arguments import Temperature, check_logits, normalise_temperature
 from ..ops._set_arguments import check_counts, check_sets
 from ..valid_sets import ValidSets
+from ._segments import Part
 from .order import Order, check_precision, order_from_ranks
 from .order import order as order_of
-from .shape import Part, Shape, check_draws, shape, spread
+from .shape import Shape, check_draws, shape, spread
 
 
 @dataclass(frozen=True)

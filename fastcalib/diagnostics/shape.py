@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,11 @@ from ..ops._set_arguments import check_counts, check_sets
 from ..ops.statistics import statistics
 from ..valid_sets import ValidSets
 from . import _segments
+from ._segments import Part
 from .diversity import diversity_bound, diversity_loss
 from .head_tail import HeadTailFit, head_tail_fit
 
 __all__ = ["HeadTailFit", "Shape", "diversity_bound", "diversity_loss", "head_tail_fit", "shape"]
-
-# Of (valid tokens, K) looked at in one go: 128 KB for each of some ten temporaries.
-CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -112,34 +110,6 @@ def check_draws(draws: int | None) -> None:
         raise ValueError(f"draws must be an int >= 1 or None (as many as valid tokens), got {draws!r}")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some neighbouring sets: which they are, which tokens are theirs, and their sizes, offsets and rows."""
-
-    sets: slice
-    tokens: slice
-    sizes: Tensor
-    offsets: Tensor
-    rows: Tensor
-
-
-def _parts(sets: ValidSets, k: int, whole: bool) -> Iterator[Part]:
-    """So few sets at a time that (tokens, K) numbers of theirs are small beside the logits; all at once if asked."""
-    sizes, offsets, count = sets.counts(), sets.offsets, len(sets)
-    if whole or sets.values.numel() * k <= CHUNK:
-        yield Part(slice(0, count), slice(0, sets.values.numel()), sizes, offsets, sets.rows())
-        return
-    first = 0
-    while first < count:
-        begin = int(offsets[first])
-        last = int(torch.searchsorted(offsets, begin + CHUNK // k, right=True)) - 1
-        last = min(max(last, first + 1), count)  # one set at least, however large
-        end, own = int(offsets[last]), sizes[first:last]
-        rows = torch.repeat_interleave(torch.arange(last - first), own, output_size=end - begin)
-        yield Part(slice(first, last), slice(begin, end), own, offsets[first : last + 1] - begin, rows)
-        first = last
-
-
 Among = Callable[[Part, Tensor, Tensor], Tensor]
 
 
@@ -154,16 +124,14 @@ def spread(
     """The fields of :class:`Shape`, (N, K) float64 each, from log-probabilities of tokens and entropies (N, K).
 
     ``log_prob(part)`` is log p, (tokens, K), in float64, and ``among(part, log_p, log_mass)`` log q; None: log p is
-    exact in float64, and log q their difference. With a gradient, or on an accelerator where to ask for offsets would
-    wait, all sets are taken at once.
+    exact in float64, and log q their difference. With a gradient all sets are taken at once.
     """
-    whole = entropy.requires_grad or entropy.device.type != "cpu" or torch.compiler.is_compiling()
     weights = _target(counts, sets)
-    found = [
-        _spread(part, log_prob(part), entropy[part.sets].double(), weights[part.tokens], draws, among)
-        for part in _parts(sets, entropy.shape[1], whole)
-    ]
-    return [torch.cat(column) for column in zip(*found)] if len(found) > 1 else list(found[0])
+
+    def work(part: Part) -> tuple[Tensor, ...]:
+        return _spread(part, log_prob(part), entropy[part.sets].double(), weights[part.tokens], draws, among)
+
+    return _segments.in_parts(sets, entropy.shape[1], work, whole=entropy.requires_grad)
 
 
 def _spread(
