@@ -273,7 +273,16 @@ def differences(
 ANSWERS = ["Ada", "Ad", "Adam", "Bo", "Bob", "Cy", "Dora", "Dot"]
 LOGS = ("logit", "log_prob", "kl", "kl_valid")
 WEIGHTS = [1.0, 2.0, 3.0, 4.0, 1.0, 1.0, 0.5, 2.5]
-RULES = ["none", "size_oracle", "top_k=20", "top_p=0.9", "min_p=0.1", "epsilon=0.01", "eta=0.01", "top_n_sigma=1.0"]
+RULES = [
+    "none",
+    "size_oracle",
+    "top_k=100",
+    "top_p=0.98",
+    "min_p=0.01",
+    "epsilon=0.001",
+    "eta=0.002",
+    "top_n_sigma=1.8",
+]
 # Logits by the cache and by full reads are float32 sums in another order; whole answers are products of a few such.
 CLOSE = 5e-5
 
@@ -303,8 +312,8 @@ def test_every_table_of_a_run(model, tmp_path, where, batch):
     assert len(Tables.of(out).rows["order"]) == len(reading.logits)
     # Not trivially so: the rules differ, and the order is neither perfect nor hopeless.
     rows = Tables.of(out).rows
-    assert len({(row["kept"]) for row in rows["cutoffs"] if row["node"] == 0}) >= 6
+    assert len({row["kept"] for row in rows["cutoffs"] if row["node"] == 0}) >= 6
     assert 0 < min(row["auroc"] for row in rows["order"]) < max(row["auroc"] for row in rows["order"]) < 1
-    assert (
-        len({row["recall"] for row in rows["cutoffs"]}) >= 2 and len({row["precision"] for row in rows["cutoffs"]}) > 10
-    )
+    assert {row["recall"] for row in rows["cutoffs"]} > {0, 1} and len(
+        {row["precision"] for row in rows["cutoffs"]}
+    ) > 15
