@@ -54,7 +54,10 @@ def finished(folder: Path, tmp_path_factory) -> DiagnoseOptions:
     options = DiagnoseOptions(
         out=out, model=str(folder), temperatures=TEMPERATURES, rules=RULES, batch=3, top=10, fit_ranks=50
     )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests: the bits of the model's own products depend on it
     run(options)
+    torch.set_num_threads(threads)
     return options
 
 
@@ -358,14 +361,11 @@ def test_the_bundled_model_on_the_states(tmp_path):
     root = found["order"][0]
     assert root["valid"] > 30 and root["auroc"] > 0.99
     sequences = {(row["rule"], row["temperature"]): row for row in found["sequence"]}
-    # A model that names states names other things when it is heated; dropping tokens makes answers likelier.
+    # Heated, a model that names states names other things; cold, its likeliest first token, which is no state's.
+    # Dropping tokens makes answers likelier.
     plain = [sequences["none", t]["validity"] for t in (0.6, 1.0, 2.0)]
-    assert plain[2] < min(plain[:2]) and min(plain) > 0 and max(plain) < 1
-    assert (
-        sequences["top_p=0.5", 1.0]["recall"]
-        <= sequences["top_p=0.9", 1.0]["recall"]
-        <= sequences["none", 1.0]["recall"]
-        == 1
-    )
+    assert plain[1] > max(plain[0], plain[2]) and min(plain) > 0 and max(plain) < 1
+    few, more, every = (sequences[rule, 1.0]["recall"] for rule in ("top_p=0.5", "top_p=0.9", "none"))
+    assert few <= more <= every == pytest.approx(1, abs=1e-12)  # shares of answers, added in float64
     for row in found["cutoffs"]:
         assert 0 < row["kept_mass"] <= 1 + 1e-6 and (row["rule"] != "none" or row["kept_mass"] > 1 - 1e-5)
