@@ -232,6 +232,9 @@ def test_headlines(toy: Path) -> None:
     assert found["Recall at precision 0.8"]["value"] == f"{100 * order['recall_at_precision'].mean():.1f}%"
     share = f"{100 * order['r_precision'].mean():.1f}".removesuffix(".0")
     assert found["Size oracle"]["value"] == share + "%"
+    # Most prefixes stand near the end of an answer, so the beginning is said apart.
+    first = f"{100 * order['r_precision'][order['node'] == 0][0]:.1f}".removesuffix(".0")
+    assert found["Size oracle"]["sentence"] == f"At the first token alone: {first}%."
     assert found["Order-calibrated prefixes"]["sentence"].startswith(f"{order['order_calibrated'].sum()} of ")
     assert found["Calibration error on text"]["value"] == "7%"
 

@@ -82,6 +82,12 @@ class _Found:
         """The measures of order, means over all prefixes."""
         return None if self.order is None else self.order["rows"][0]
 
+    def first_token(self, key: str) -> str:
+        """One of them where the answer begins: most prefixes stand near its end, and the mean is theirs."""
+        rows = self.order["rows"] if self.order else []
+        first = next((row[key] for row in rows if row["depth"] == 0), None)
+        return "" if first is None or len(rows) < 3 else f"At the first token alone: {percent(first)}."
+
 
 def headlines(runs: Sequence[Run], payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Each: a label, a sentence that explains it, and a value (text, and what it means) for every run.
@@ -177,7 +183,8 @@ def _recall(found: _Found) -> dict[str, Any] | None:
         "tokens are valid: the share of the answers that is then still within reach. Mean over prefixes; a perfect "
         "order has 100%.",
         "value": percent(row["recall_at_precision"]),
-        "sentence": f"{percent(row['token_recall_at_precision'])} where valid tokens are counted rather than answers.",
+        "sentence": found.first_token("recall_at_precision")
+        or f"{percent(row['token_recall_at_precision'])} where valid tokens are counted rather than answers.",
     }
 
 
@@ -190,7 +197,8 @@ def _oracle(found: _Found) -> dict[str, Any] | None:
         "explain": "A cutoff that is told how many tokens are valid at each step and keeps exactly so many from the "
         "top: the share of them that are valid. What is missing to 100% is the model's order, not the rule.",
         "value": percent(row["r_precision"]),
-        "sentence": f"{percent(1 - row['r_precision'])} of the tokens it keeps are invalid all the same.",
+        "sentence": found.first_token("r_precision")
+        or f"{percent(1 - row['r_precision'])} of the tokens it keeps are invalid all the same.",
     }
 
 

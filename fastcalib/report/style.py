@@ -63,7 +63,7 @@ def facets(
 def share_axis(ax: Axes, which: str, most: float = 1.0) -> None:
     """From 0 to 100%, the same in every chart; as far as needed where ``most`` of the values is small."""
     axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: percents(value)))
     if most <= 0.4:
         (ax.set_xlim if which == "x" else ax.set_ylim)(0, 1.08 * most or 1)
         return
@@ -71,11 +71,19 @@ def share_axis(ax: Axes, which: str, most: float = 1.0) -> None:
     axis.set_ticks([0, 0.25, 0.5, 0.75, 1])
 
 
+def percents(share: float) -> str:
+    """
+    >>> percents(0.25), percents(3e-7), percents(0.3 * 3)
+    ('25%', '0.00003%', '90%')
+    """
+    return f"{100 * share:.8f}".rstrip("0").rstrip(".") + "%"
+
+
 def log_axis(ax: Axes, which: str, share: bool = False) -> None:
     """Logarithmic, its powers of ten written out."""
     axis = ax.xaxis if which == "x" else ax.yaxis
     (ax.set_xscale if which == "x" else ax.set_yscale)("log")
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}%" if share else f"{v:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: percents(v) if share else f"{v:,g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
