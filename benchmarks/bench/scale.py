@@ -166,20 +166,24 @@ def _line(found: dict[str, Any]) -> str:
 
 HOW_TO_READ = """\
 - prefixes, seconds: of `diagnostics.diagnose`, chunk after chunk; making the logits is not in it.
-- ms a prefix: least times of one interleaved run on the last chunk. The job must move V b bytes a prefix, one read of
-  the logits: "x read" is the time of a plain sum of the chunk over ours. What is beyond it is arithmetic and work in
-  the caches: a row is cut into groups of neighbouring logits and weighed at every temperature.
+- ms a prefix: least times of one interleaved run on the last chunk (`~`: with other processes about). The job must move
+  V b bytes a prefix, one read of the logits; "x read" is the time of a plain sum of the chunk over ours. What is beyond
+  it is arithmetic and work in the caches: a row is cut into groups of neighbouring logits, by counting where they have
+  16 bits, and the groups are weighed at every temperature.
 - three calls: `order`, `cutoffs` and `shape` one after another, which read the logits three times more.
 - sorting, eager: plain PyTorch that sorts each row once and shares one softmax and one running sum among the rules of
-  a temperature (benchmarks/bench/diagnostics.py), with the number of rows at a time that suits it best ({rows}),
-  measured on those alone. It leaves ties out of account and its running sums are float32, so that its top-p counts can
-  be off.
-- warpers, eager: transformers' warpers, every rule by itself, and a softmax for each temperature
-  (benchmarks/bench/warpers.py); one call on {warper_rows} rows.
+  a temperature (benchmarks/bench/diagnostics.py), given as many rows at a time as suit its caches best
+  ({rows}), and measured on those alone. It computes in float32, leaves ties out of account, and
+  its running sums are rounded, so that its top-p counts can be off by a few; ours are exact.
+- warpers, eager: transformers' warpers, every rule by itself, with a softmax for each temperature, as such code is
+  mostly written (benchmarks/bench/warpers.py); one call on {warper_rows} rows.
 - temporaries: the most memory resident during a call beyond logits and results, as a share of the chunk handed over
-  and of all logits: a row in order for each thread, and blocks of numbers of valid tokens. Whoever holds all logits and
-  hands them over at once has the same per thread, so the share falls with the size of a chunk.
-- eager, x its logits: what sorting takes beyond its few rows of logits, results included, as a multiple of them."""
+  and of all logits: a row in order for each thread, a block of numbers of valid tokens, and some 500 bytes a prefix.
+  All but the last do not grow with the chunk, so that smaller chunks have larger shares.
+- eager, x its logits: what sorting takes beyond its few rows of logits, results included, as a multiple of them.
+- Logits are made up. Ordinary rows cost about the same whatever their distribution; 16-bit rows always do. A float32 row
+  costs up to a hundred times as much where nearly all its logits lie further below the maximum than 64 times the
+  highest temperature, or are tied: then one group holds the row, and each rule looks through it."""
 
 
 def table(all_found: list[dict[str, Any]]) -> list[str]:
