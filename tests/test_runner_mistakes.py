@@ -114,6 +114,13 @@ def test_answers_that_no_model_or_trie_can_take(options, task, changes, words):
         run(dataclasses.replace(options, **changes), task=task)
 
 
+def test_the_longest_answer_that_fits(options):
+    """The last token of an answer, its end, is predicted and not read: "Say: " and 251 letters are 256 tokens."""
+    assert run(options, task=Task("t", "Say:", ("a", "x" * 251))).task["max_depth"] == 252
+    with pytest.raises(UserError, match=r"are 258 tokens, of which .* would read 257 and can read 256"):
+        run(options, task=Task("t", "Say:", ("a", "x" * 252)))
+
+
 def test_answers_that_the_tokenizer_cannot_tell_apart(options):
     def same_case(*how: object) -> object:
         from tokenizers import normalizers
