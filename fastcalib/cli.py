@@ -86,10 +86,11 @@ def diagnose(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Diagnose order and shape of a model on a task whose answers are all known; write tables for a report."""
-    from .runner.diagnose import run_diagnose
-    from .runner.options import DiagnoseOptions, read_rules, read_temperatures
 
     def work() -> None:
+        from .runner.diagnose import run_diagnose
+        from .runner.options import DiagnoseOptions, read_rules, read_temperatures
+
         run_diagnose(
             DiagnoseOptions(
                 out=out, model=model, task=task, prompt=prompt, digits=digits, start=start, end=end, total=total,
@@ -118,10 +119,13 @@ def score(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Measure the calibration of a model's next-token predictions on text; write numbers for a report."""
-    from .runner.score import ScoreOptions, run_score
 
-    options = ScoreOptions(out, model, text, tokens, window, batch, full_ece, device, dtype)
-    _run("score", out, lambda: run_score(options))
+    def work() -> None:
+        from .runner.score import ScoreOptions, run_score
+
+        run_score(ScoreOptions(out, model, text, tokens, window, batch, full_ece, device, dtype))
+
+    _run("score", out, work)
 
 
 def _unescape(text: str) -> str:
@@ -142,10 +146,12 @@ def _run(command: str, out: Path, work: Callable[[], object]) -> None:
         where = f": {error.filename}" if error.filename else ""
         typer.secho(f"fastcalib {command}: {error.strerror or error}{where}", fg="red", err=True)
         raise typer.Exit(1) from error
+    except ImportError as error:
+        typer.secho(f"fastcalib {command}: {error}; pip install 'fastcalib[report]'", fg="red", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.echo(
-            f"\nStopped. What was finished is in {out / 'state'}; the same command goes on from there.", err=True
-        )
+        kept = f"What was finished is in {out / 'state'}; the same command goes on from there."
+        typer.echo(f"\nStopped. {kept if (out / 'state').is_dir() else 'Nothing was finished yet.'}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -68,6 +68,22 @@ def test_the_size_oracle_beside_the_rules(toy: Run) -> None:
     assert found["settings_above_oracle"] == above
 
 
+def test_a_rule_that_does_as_well_as_the_oracle_counts() -> None:
+    # By precision and recall of answers: equal, better in one alone, better in both, worse in one.
+    points = {"size_oracle": (0.5, 0.5), "a": (0.5, 0.5), "b": (0.5, 0.6), "c": (0.7, 0.8), "d": (0.9, 0.4)}
+    precision, recall = np.array(list(points.values())).T
+    table = {
+        "rule": np.array(list(points)),
+        "temperature": np.ones(5),
+        "precision": precision,
+        "recall": recall,
+        "token_recall": recall,
+    }
+    found = findings.rules(Run(Path(), RunFacts({}), _tables={"cutoffs": table}))
+    assert (found["settings_above_oracle"], found["settings"]) == (3, 4)
+    assert found["best_rule"] == ("c", 1.0)
+
+
 def test_depths_and_whole_answers(toy: Run) -> None:
     found = findings.findings(toy)
     order = rows(toy, "order")

@@ -347,7 +347,11 @@ def test_logarithmic_axes(browser: Browser, pages: dict[str, Path]) -> None:
     for row, (_, _, y) in zip(table["rows"], dots, strict=True):
         want = y_of["10%"] - math.log10(10 * row["precision"][at]) * decade
         assert y == pytest.approx(want, abs=2), row["label"]  # two pixels of 300
-    # What is too small for the axis has no dot below it.
+    # An axis has five powers of ten, from a round number down, and what is too small for it has no place on it.
+    axis = browser.evaluate("Page.shareLog([0, null, 1e-9, 0.3])")
+    assert (axis["min"], axis["max"]) == (pytest.approx(5e-6), 0.5)
+    inside = "Parts.scaleOf({{log: true, min: 1e-3, max: 1}}, 0, 100).inside({})"
+    assert [browser.evaluate(inside.format(v)) for v in (1, 1e-3, 9e-4, 0, "null")] == [True, True, False, False, False]
     browser.evaluate(press.format("fig-val-div"))
     browser.frames()
     outside = "[...document.querySelectorAll('#fig-val-div svg')].flatMap((s) => {"

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,33 @@ def test_command_line(options, folder, tmp_path):
     for out, words in (("file", "no folder can be made there"), ("file/x", "no folder can be made there")):
         failed = CliRunner().invoke(cli.app, [*arguments, "--out", str(tmp_path / out)])
         assert failed.exit_code == 1 and words in failed.output
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"task": {}}'])
+def test_a_folder_with_a_run_json_of_somebody_else(options, content):
+    options.out.mkdir()
+    (options.out / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"its run.json cannot be read .*; take another folder"):
+        run(options)
+    assert (options.out / "run.json").read_text() == content
+
+
+@pytest.mark.parametrize("command", ["diagnose", "score"])
+def test_without_the_packages_and_stopped_before_anything_was_finished(monkeypatch, tmp_path, command):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, f"fastcalib.runner.{command}", None)
+        failed = CliRunner().invoke(cli.app, [command, "--out", str(tmp_path)])
+    assert failed.exit_code == 1 and failed.output.endswith("; pip install 'fastcalib[report]'\n")
+
+    def stop(*how: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fastcalib.runner.{command}.run_{command}", stop)
+    stopped = CliRunner().invoke(cli.app, [command, "--out", str(tmp_path)])
+    assert stopped.exit_code == 130 and "Stopped. Nothing was finished yet." in stopped.output
+    (tmp_path / "state").mkdir()
+    stopped = CliRunner().invoke(cli.app, [command, "--out", str(tmp_path)])
+    assert stopped.exit_code == 130 and "the same command goes on from there" in stopped.output
 
 
 def test_a_full_disk_is_one_sentence(options, folder, monkeypatch):

@@ -26,7 +26,7 @@ def findings(run: Run) -> dict[str, Any]:
     """Every figure of one run."""
     return {
         **_order(run),
-        **_rules(run),
+        **rules(run),
         **_whole(run),
         **_shape(run),
         "by_depth": by_depth(run),
@@ -63,7 +63,7 @@ def by_depth(run: Run) -> list[dict[str, float]]:
     ]
 
 
-def _rules(run: Run) -> dict[str, Any]:
+def rules(run: Run) -> dict[str, Any]:
     """The size oracle beside every rule at every temperature, by means over prefixes.
 
     A cutoff that keeps as many tokens as are valid has precision = recall = R-precision. A rule beats it by the mean of
@@ -78,16 +78,16 @@ def _rules(run: Run) -> dict[str, Any]:
     columns = (np.nan_to_num(table["precision"]), table["recall"], scores)
     precision, recall, score = (np.bincount(cell, c, size) / np.bincount(cell, minlength=size) for c in columns)
     oracle = settings.index((ORACLE, 1.0))  # the same at every temperature
-    rules = np.array([name != ORACLE for name, _ in settings])
-    best = int(np.argmax(np.where(rules, score, -1)))
-    better = rules & (precision >= precision[oracle]) & (recall >= recall[oracle])
+    others = np.array([name != ORACLE for name, _ in settings])
+    best = int(np.argmax(np.where(others, score, -1)))
+    better = others & (precision >= precision[oracle]) & (recall >= recall[oracle])
     return {
         "oracle_f1": float(score[oracle]),
         "best_rule": settings[best],
         "best_rule_f1": float(score[best]),
         "best_rule_precision": float(precision[best]),
         "best_rule_recall": float(recall[best]),
-        "settings": int(rules.sum()),
+        "settings": int(others.sum()),
         "settings_above_oracle": int(better.sum()),
     }
 

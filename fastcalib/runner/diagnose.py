@@ -26,7 +26,7 @@ from .model import LanguageModel, ModelSource, load, locate, model_facts, pick_d
 from .options import DiagnoseOptions, make_folder
 from .prefixes import Chunk, PrefixLogits, plan, sample
 from .summary import show
-from .tables import RunFacts, read_facts, replacing, write_facts
+from .tables import RunFacts, facts_before, replacing, write_facts
 from .tasks import Task, build_trie
 
 Loader = Callable[..., LanguageModel]
@@ -53,7 +53,7 @@ def run_diagnose(
     source = locate(options.model)
     task = options.build_task() if task is None else task
     make_folder(options.out)
-    before = read_facts(options.out) if (options.out / "run.json").is_file() else None
+    before = facts_before(options.out)
     cost: list[dict[str, Any]] = []
     with progress(console) as bars:
         model = _loaded(bars, source, options, load_model, cost)

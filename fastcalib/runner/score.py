@@ -26,7 +26,7 @@ from ..storage import Record, Store, fingerprint
 from .diagnose import progress, versions
 from .model import LanguageModel, ModelSource, check_dtype, load, locate, model_facts, pick_device, positions
 from .options import make_folder
-from .tables import RunFacts, read_facts, write_facts, write_table
+from .tables import RunFacts, facts_before, write_facts, write_table
 
 N_BINS = 15
 
@@ -77,7 +77,7 @@ def run_score(
     if not text.strip():
         raise UserError(f"--text {options.text}: there is nothing in it to measure on")
     make_folder(options.out)
-    before = read_facts(options.out) if (options.out / "run.json").is_file() else None
+    before = facts_before(options.out)
     if before and (before.model.get("name"), before.model.get("source")) != (source.name, source.place):
         alike = before.model.get("name") == source.name
         old, new = (before.model.get("source"), source.place) if alike else (before.model.get("name"), source.name)

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..errors import UserError
 from ..storage import whole_file
 
 _KEY = [("node", pa.int64())]
@@ -186,6 +187,20 @@ def read_facts(folder: Path) -> RunFacts:
         raise FileNotFoundError(f"{folder} has no run.json; `fastcalib diagnose --out {folder}` makes one")
     known = {f.name for f in fields(RunFacts)}
     return RunFacts(**{key: value for key, value in json.loads(path.read_text("utf-8")).items() if key in known})
+
+
+def facts_before(folder: Path) -> RunFacts | None:
+    """The facts of the run that is in a folder, or None.
+
+    Raises:
+        UserError: there is a ``run.json`` that is none of ours.
+    """
+    try:
+        return read_facts(folder)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--out {folder}: its run.json cannot be read ({error}); take another folder") from None
 
 
 @contextmanager
