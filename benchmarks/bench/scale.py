@@ -181,9 +181,10 @@ HOW_TO_READ = """\
   and of all logits: a row in order for each thread, a block of numbers of valid tokens, and some 500 bytes a prefix.
   All but the last do not grow with the chunk, so that smaller chunks have larger shares.
 - eager, x its logits: what sorting takes beyond its few rows of logits, results included, as a multiple of them.
-- Logits are made up. Ordinary rows cost about the same whatever their distribution; 16-bit rows always do. A float32 row
-  costs up to a hundred times as much where nearly all its logits lie further below the maximum than 64 times the
-  highest temperature, or are tied: then one group holds the row, and each rule looks through it."""
+- Logits are made up. Most rows cost about the same whatever their distribution; 16-bit rows always do. A float32 row
+  costs 8 to 130 times as much where half or more of its logits lie further below the maximum than 64 times the highest
+  temperature, or are tied (tried: half the row at -1e4, two values, Student's t): one group holds them, and each rule
+  looks through it."""
 
 
 def table(all_found: list[dict[str, Any]]) -> list[str]:
