@@ -72,7 +72,8 @@ def order(
 
     Two reads of the logits whatever the size of the sets: their ranks, and a count of NaN. The vocabulary is neither
     sorted nor copied. A cutoff keeps all tokens with a logit at or above some value, so ties stand or fall together:
-    tied valid tokens share one point of the frontier.
+    tied valid tokens share one point of the frontier. On an accelerator the host waits for nothing; not yet run
+    on a GPU.
 
     Args:
         logits: (*, V), float32, bfloat16, float16 or float64.

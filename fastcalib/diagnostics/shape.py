@@ -59,7 +59,7 @@ def shape(
     """How the softmax is spread over the valid tokens, from one read of the logits; differentiable.
 
     A model is shape-calibrated where p is proportional on G to the number of valid answers below each token: sampling
-    then reaches every answer equally often.
+    then reaches every answer equally often. On an accelerator the host waits for nothing (not yet run on a GPU).
 
     Args:
         logits: (*, V), float32, bfloat16, float16 or float64.
