@@ -150,8 +150,8 @@ def cutoffs(
     (arXiv 2605.11128). On the C++ and eager backends a rule's set is exact in float64; elsewhere masses are float32
     sums, and top-p, epsilon and eta may decide otherwise within about 1e-6 of their border.
 
-    On an accelerator thresholds are found by bisection over the numbers of the dtype: some 37 reads of 16-bit logits,
-    69 of float32, however many the rules. The host waits for nothing, and nothing of V numbers is made, but that
+    On an accelerator thresholds are found by bisection over the numbers of the dtype: some 37 reads of 16-bit logits
+    and 69 of float32, however many the rules. The host waits for nothing, and nothing of V numbers is made, but that
     strided rows of more than two dimensions are copied. Not yet run on a GPU.
 
     Example:
