@@ -26,8 +26,10 @@ SANITIZED := build/sanitized-package
 GPU_GRID = -k "not float64 and not gradcheck and not threads and not 262144 and not every_small_size and not every_token and not cold_and_hot"
 GRID_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py) \
 	tests/test_edge_cases.py tests/test_determinism.py tests/test_fused.py tests/test_long_rows.py tests/test_moments.py
-# Whatever reaches the C++ kernels: linear layers and distributions too, whose Triton kernels have emulated tests of their own.
-SANITIZE_TESTS = $(GRID_TESTS) $(filter-out tests/test_pr_triton.py,$(wildcard tests/test_linear_*.py tests/test_pr_*.py))
+# Whatever reaches the C++ kernels: cutoff rules, linear layers and distributions too, whose Triton kernels have emulated
+# tests of their own.
+SANITIZE_TESTS = $(GRID_TESTS) tests/test_cutoff_kernels.py \
+	$(filter-out tests/test_pr_triton.py,$(wildcard tests/test_linear_*.py tests/test_pr_*.py))
 
 # A CUDA compiler without a toolkit: 271 MB from PyPI. Needs neither a GPU nor a driver.
 CUDA_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \

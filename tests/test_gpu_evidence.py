@@ -25,13 +25,6 @@ sys.path.remove(str(FOLDER))
 
 PEERS = os.environ.get("FASTCALIB_PEERS", "")
 
-# Kernels that load or store local memory somewhere outside of their main loop on some target, as Triton's ptxas makes
-# them: it holds a program of 16 warps to 64 registers where it likes. Each is a line of docs/gpu-evidence.md.
-SPILLING = {
-    "statistics_backward_prepare", "softmax_rows", "softmax_write", "softmax_backward_rows",
-    "softmax_backward_segments", "softmax_backward_temperature_segments", "statistics_segments with ranks",
-    "ranks_place",
-}  # fmt: skip
 # By more than eight warps to a multiprocessor, reading 64 (16-bit) or 128 bytes at a time each lane, an H100's memory
 # is kept busy: 18 KiB in flight (launch.py).
 LEAST_WARPS = 8
@@ -62,12 +55,43 @@ def test_machine_code_is_read():
     assert (whole.ex2, whole.spills, whole.instructions) == (1, 1, 12)
     # The inner loop moves more than half of what the outer one does; a branch to itself at the end is no loop.
     assert sass.main_loop(code) == sass.Counts({"128": 1, "16": 1}, {"64": 1}, ex2=1, spills=0, instructions=5)
-    assert sass.main_loop(code[:6]) is None
+    assert sass.main_loop(code[:2]) is None
+
+
+OUT_OF_LINE = """
+	code for sm_80
+		Function : rare
+        /*0000*/                   BRA.DIV ~URZ, 0x90 ;
+        /*0010*/                   LDG.E R9, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/               @P2 BRA 0x10 ;
+        /*0040*/                   LDG.E.U16 R9, desc[UR4][R2.64] ;
+        /*0050*/               @P0 CALL.REL.NOINC 0x70 ;
+        /*0060*/                   BRA 0x40 ;
+        /*0070*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*00a0*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*00b0*/                   BRA 0x10 ;
+        /*00c0*/                   BRA 0xc0;
+"""
+
+
+def test_code_that_stands_behind_the_end_and_jumps_back_is_no_loop():
+    """Textually [0x10, 0xb0] looks like one. A call that is never returned from is a jump, here out of a loop."""
+    (code,) = sass.functions(OUT_OF_LINE).values()
+    bodies = {span: [i.address for i in body] for span, body in sass.loops(code).items()}
+    assert bodies == {(0x10, 0x30): [0x10, 0x20, 0x30], (0x40, 0x60): [0x40, 0x50, 0x60]}
+    # three 128-bit loads in no loop, one in the first
+    assert sass.main_loop(code) == sass.Counts({"128": 3}, {}, ex2=0, spills=0, instructions=7)
+    assert sass.main_loop(code[:8]) == sass.Counts({"32": 1, "128": 1}, {}, ex2=0, spills=0, instructions=3)
 
 
 def test_a_loop_around_little_is_the_main_one():
     little, much = sass.Counts({"32": 1}, {}, 0, 0, 3), sass.Counts({"32": 1, "128": 4}, {}, 0, 0, 40)
     assert sass.innermost({(0, 100): much, (50, 60): little}) is much
+    around = sass.Counts({"32": 80, "128": 4}, {}, 0, 0, 90)
+    assert sass.innermost({(0, 100): around, (50, 60): much}) is much, "narrow loads about it are not of the stream"
     assert sass.innermost({}) is None
 
 
@@ -185,7 +209,7 @@ def check_compiled(kernels: list[aot.Kernel]) -> None:
     """No spills, 128-bit loads in the main loop, as many ex2 as logits, registers for as many warps as memory needs."""
     for k in kernels:
         what = f"{k.kernel}, {k.target}, {k.dtype}, V={k.vocab}: {k}"
-        assert k.spills == 0 or k.kernel in SPILLING, what
+        assert k.spills == 0 or k.target.startswith("gfx"), what
         assert k.registers <= (512 if k.target.startswith("gfx") else 255), what
         if k.kernel not in code_pages.MAIN:
             continue
@@ -226,13 +250,12 @@ def test_every_kernel_compiles_for_every_target(target):
 @pytest.mark.parametrize(
     "target", [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.prove) for t in cubins.TARGETS]
 )
-def test_cuda_kernels_load_128_bits_at_a_time_and_hardly_spill(target):
+def test_cuda_kernels_load_128_bits_at_a_time_and_do_not_spill(target):
     kernels = cubins.table((target,))
     assert len(kernels) > 15
     for k in kernels:
         what = f"{k.kernel}, {k.target}: {k}"
-        # 80 registers, three blocks a multiprocessor: a few are put away outside of the loop over logits.
-        assert k.code.spills <= (16 if "write_gradient" in k.kernel else 0), what
+        assert k.code.spills == 0, what
         if "sweep_kernel" in k.kernel or "write_gradient" in k.kernel:
             # statistics take one segment a block: those loads stand in no loop
             assert k.registers <= 128 and k.code.loads.get("128", 0) >= 16, what

@@ -47,16 +47,18 @@ def _load_tiles(pointer, at, active, ALIGN: tl.constexpr, LANES: tl.constexpr, V
 
 
 @triton.jit
-def _load_tails(pointer, whole, count, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
-                GROUPS: tl.constexpr, SEGMENT: tl.constexpr):  # fmt: skip
-    """What follows the whole tiles of each segment, column by column."""
+def _load_tail(pointer, whole, left, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr,
+               GROUPS: tl.constexpr, SEGMENT: tl.constexpr):  # fmt: skip
+    """Columns [whole, left), which follow the whole tiles; -inf in the lanes of all others.
+
+    One number says where, not one for each lane: of an unaligned row a thread loads the columns of many lanes.
+    """
     lane = tl.arange(0, GROUPS * LANES)
-    first = (whole + lane % LANES * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-    base = (lane // LANES * SEGMENT)[:, None]
+    at = (lane // LANES * SEGMENT + whole % SEGMENT + lane % LANES * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
     out = ()
     for u in tl.static_range(UNROLL):
-        columns = u * LANES * VECTOR + first
-        z = tl.load(pointer + base + columns, mask=columns < count[:, None], other=-float("inf"))
+        columns = u * LANES * VECTOR + at
+        z = tl.load(pointer + columns, mask=(columns >= whole) & (columns < left), other=-float("inf"))
         out = out + unzip(z.to(tl.float32), VECTOR)
     return out
 
@@ -187,10 +189,11 @@ def _rows(
         vectors = tl.zeros([PARTS], tl.float32)  # exact: there are fewer than 2^24 of them in a segment
         numbers = tl.zeros([PARTS], tl.float32)
         means = tl.zeros([PARTS], tl.float32)
+        careful = tl.zeros([PARTS], tl.float32)  # 1: the sums over a segment's logits are not finite
         for start in tl.range(0, vocab, GROUPS * SEGMENT):
             part = start // SEGMENT
-            count = tl.minimum(tl.maximum(vocab - start - lane // LANES * SEGMENT, 0), SEGMENT)
-            whole = count // SUMMED * SUMMED
+            left = vocab - start
+            whole = left // SUMMED * SUMMED  # behind it follows the one tile that is not
             top = tl.full([GROUPS * LANES], -float("inf"), tl.float32)
             where = lane % LANES
             total = tl.zeros([GROUPS * LANES], tl.float32)
@@ -201,8 +204,8 @@ def _rows(
             if SMOOTHING:
                 centers = _near_means(source, start, vocab, GROUPS, SEGMENT)
                 center = tl.reshape(tl.broadcast_to(centers[:, None], [GROUPS, LANES]), [GROUPS * LANES])
-            for at in tl.range(0, tl.minimum(vocab - start, SEGMENT) // SUMMED * SUMMED, SUMMED):
-                active = at < whole
+            for at in tl.range(0, tl.minimum(left, SEGMENT) // SUMMED * SUMMED, SUMMED):
+                active = at + lane // LANES * SEGMENT < whole
                 values = _load_tiles(source + start, at, active, ALIGN, LANES, VECTOR, UNROLL, GROUPS, SEGMENT)
                 top, where, total = _add_tiles(
                     values, at // VECTOR, top, where, total, c, LANES, VECTOR, UNROLL, GROUPS
@@ -217,14 +220,14 @@ def _rows(
                     spread = tl.where(active, spread + first, spread)
                     square = tl.where(active, square + second, square)
             if (start + GROUPS * SEGMENT >= vocab) & (vocab % SUMMED != 0):
-                values = _load_tails(source + start, whole, count, LANES, VECTOR, UNROLL, GROUPS, SEGMENT)
+                values = _load_tail(source + start, whole, left, LANES, VECTOR, UNROLL, GROUPS, SEGMENT)
                 top, where, total = _add_tiles(
-                    values, whole // VECTOR, top, where, total, c, LANES, VECTOR, UNROLL, GROUPS
+                    values, whole % SEGMENT // VECTOR, top, where, total, c, LANES, VECTOR, UNROLL, GROUPS
                 )
                 if SMOOTHING:
+                    here = tl.where(lane // LANES == whole // SEGMENT, left - whole, 0) - lane % LANES * VECTOR
                     for i in tl.static_range(UNROLL * VECTOR):
-                        column = whole + (i // VECTOR * LANES + lane % LANES) * VECTOR + i % VECTOR
-                        d = tl.where(column < count, values[i] - center, 0.0)
+                        d = tl.where(i // VECTOR * LANES * VECTOR + i % VECTOR < here, values[i] - center, 0.0)
                         spread += d
                         square = tl.fma(d, d, square)
             by_segment = tl.reshape(top, [GROUPS, LANES])
@@ -237,23 +240,26 @@ def _rows(
             sums = _placed(sums, tl.sum(lanes_sum, 1), part, PARTS, GROUPS)
             vectors = _placed(vectors, vector.to(tl.float32), part, PARTS, GROUPS)
             if SMOOTHING:
-                n = tl.minimum(tl.maximum(vocab - start - tl.arange(0, GROUPS) * SEGMENT, 0), SEGMENT).to(tl.float32)
+                n = tl.minimum(tl.maximum(left - tl.arange(0, GROUPS) * SEGMENT, 0), SEGMENT).to(tl.float32)
                 of_lanes = tl.sum(tl.reshape(spread, [GROUPS, LANES]), 1)
                 of_squares = tl.sum(tl.reshape(square, [GROUPS, LANES]), 1)
                 mean = centers + of_lanes / tl.maximum(n, 1.0)
                 numbers = _placed(numbers, n, part, PARTS, GROUPS)
                 means = _placed(means, mean, part, PARTS, GROUPS)
-                strange = ~((tl.abs(of_lanes) <= -LOWEST) & (of_squares <= -LOWEST))
-                if tl.sum((strange & (n > 0)).to(tl.int32), 0) > 0:
-                    for g in tl.range(0, GROUPS):
-                        if tl.sum((strange & (n > 0) & (tl.arange(0, GROUPS) == g)).to(tl.int32), 0) > 0:
-                            first_column = start + g * SEGMENT
-                            finite, finite_mean, _, _ = careful_spread(
-                                source + first_column, tl.minimum(vocab - first_column, SEGMENT), LANES, VECTOR, UNROLL
-                            )
-                            own = tl.arange(0, PARTS) == part + g
-                            numbers = tl.where(own, finite.to(tl.float32), numbers)
-                            means = tl.where(own, finite_mean, means)
+                strange = ~((tl.abs(of_lanes) <= -LOWEST) & (of_squares <= -LOWEST)) & (n > 0)
+                careful = _placed(careful, strange.to(tl.float32), part, PARTS, GROUPS)
+
+        if SMOOTHING:  # noqa: SIM102 (known at compile time: without it the rest is not there)
+            if tl.max(careful, 0) > 0:
+                for part in tl.range(0, PARTS):
+                    own = tl.arange(0, PARTS) == part
+                    if tl.max(tl.where(own, careful, 0.0), 0) > 0:
+                        start = part * SEGMENT
+                        finite, finite_mean, _, _ = careful_spread(
+                            source + start, tl.minimum(vocab - start, SEGMENT), LANES, VECTOR, UNROLL
+                        )
+                        numbers = tl.where(own, finite.to(tl.float32), numbers)
+                        means = tl.where(own, finite_mean, means)
 
         # The row, merged as by _finish of statistics.py.
         parts = tl.arange(0, PARTS)

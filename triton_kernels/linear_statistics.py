@@ -283,9 +283,9 @@ def forward(
         BLOCK_N=cut.rows, BLOCK_V=cut.columns, BLOCK_D=cut.depth, SHARED_ROWS=SHARED, WIDTH=WIDTH,
         num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers, **launch.EXACT,
     )  # fmt: skip
+    parts, columns = launch.next_power_of_two(segments), launch.next_power_of_two(k)
     _finish[(n_rows,)](
         None, 1, 0, 0, vocab, temperature, stride, k, *selection, reals, integers, sums, None, None, segments, segment,
         chosen, rows, scalars, log_prob, argmax, None, None, None, saved, n_rows,
-        RANKED=0, VECTOR=1, PARTS=launch.next_power_of_two(segments), COLUMNS=launch.next_power_of_two(k), num_warps=1,
-        **launch.EXACT,
+        RANKED=0, VECTOR=1, PARTS=parts, COLUMNS=columns, num_warps=max(1, parts * columns // 128), **launch.EXACT,
     )  # fmt: skip

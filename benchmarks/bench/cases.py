@@ -224,6 +224,8 @@ def _linear_loss(problem: Problem) -> Job:
         "eager": partial(linear.eager_nll, layer),
         "torch.compile": partial(linear.compiled_nll, layer, compiled),
         "torch linear_cross_entropy": partial(linear.torch_nll, layer),
+        "liger-kernel": partial(linear.peer_nll, layer, peers.liger),
+        "cut-cross-entropy": partial(linear.peer_nll, layer, peers.cut_cross_entropy),
     }
     return Job(factories, lambda: {"grad": layer.gradient64(rows)})
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import plain
 from .ours import Call, _attribute, _library
+from .peers import LinearLoss
 from .problem import Outputs, Problem
 
 ROWS = 64  # of a chunk of the compiled competitors: 16 MB of bfloat16 logits at V = 128,256
@@ -158,6 +159,12 @@ def compiled_nll(layer: Layer, compiled: Callable[..., Any]) -> Call:
         return {"loss": torch.as_tensor(total), "grad": torch.cat(to_hidden)}
 
     return call
+
+
+def peer_nll(layer: Layer, make: Callable[[], LinearLoss]) -> Call:
+    """Someone else's, from :mod:`.peers`."""
+    loss = make()
+    return with_gradient(layer, lambda: loss(layer.hidden, layer.weight, layer.target))
 
 
 def torch_nll(layer: Layer) -> Call:

@@ -57,7 +57,7 @@ class Kernel:
     ex2: int
     barriers: int
     instructions: int
-    loop: Counts | None  # one iteration of the main loop
+    loop: Counts | None  # one iteration of the main loop (sass.main_loop)
     products: int = 0  # instructions of the tensor cores
 
 

@@ -20,9 +20,7 @@ def resident(kernel: Kernel) -> int:
 
 
 def loads_of_main_loop(kernel: Kernel) -> dict[str, int]:
-    """Those of the whole text where the loop runs once and the compiler has dissolved it (float32 segments)."""
-    dissolved = kernel.kernel.endswith("_segments") and kernel.dtype == "float32" and kernel.warps >= 16
-    return kernel.loads if dissolved or kernel.loop is None else kernel.loop.loads
+    return kernel.loop.loads if kernel.loop else {}
 
 
 def per_logit(kernel: Kernel) -> tuple[float, float] | None:

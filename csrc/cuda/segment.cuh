@@ -256,6 +256,20 @@ template <class T> struct Segment {
         }
     }
 
+    // One value in the real columns and one in the padding, of a segment that starts at column `start`.
+    __device__ __forceinline__ void fill(int64_t start, int64_t vocab, float inside, float outside) {
+        // 32 bits, one number for all elements: 64 columns of 64 bits each do not fit the registers.
+        int left = int(max(int64_t(0), min(int64_t(kSegmentLength<T>), vocab - start))) - int(threadIdx.x) * kPer;
+        asm volatile("" : "+r"(left));
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+            float z[kPer];
+#pragma unroll
+            for (int u = 0; u < kPer; ++u) z[u] = j * kStride<T> + u < left ? inside : outside;
+            vectors[j] = narrow<T>(z);
+        }
+    }
+
     // Column, counted from the start of the segment, of element u of vector j of this thread.
     __device__ __forceinline__ static int column(int j, int u) { return j * kStride<T> + int(threadIdx.x) * kPer + u; }
 };

@@ -63,7 +63,7 @@ template <class T> __device__ __forceinline__ void write_segment(Segment<T>& seg
                                                                  T* out, int64_t start, int64_t vocab, int64_t width) {
     segment.slots = slots_before<T>(width, start);
     if (!scale.defined) {
-        fill(segment, start, vocab, __int_as_float(0x7fc00000), log ? -infinity() : 0.0f);
+        segment.fill(start, vocab, __int_as_float(0x7fc00000), log ? -infinity() : 0.0f);
     } else if (log) {
         segment.transform([&](int, float (&z)[kPerVector<T>]) {
 #pragma unroll
@@ -112,7 +112,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
         write_segment(segment, scale, a.log, out, start, a.vocab, a.width);
     }
     for (int64_t s = segments; s < plan.written; ++s) {
-        fill(segment, s * kSegmentLength<T>, a.vocab, 0.0f, -infinity());
+        segment.fill(s * kSegmentLength<T>, a.vocab, 0.0f, -infinity());
         write_segment(segment, scale, a.log, out, s * kSegmentLength<T>, a.vocab, a.width);
     }
 }

@@ -114,7 +114,7 @@ template <class T> __device__ __forceinline__ double sum_temperature(const Softm
 template <class T> __device__ __forceinline__ void write_segment(const SoftmaxArgs& a, Pair<T>& pair,
                                                                  const RowGradient& known, int64_t row, int64_t start) {
     pair.grad.slots = slots_before<T>(a.width, start);
-    if (!known.defined()) fill(pair.grad, start, a.vocab, known.instead(), 0.0f);
+    if (!known.defined()) pair.grad.fill(start, a.vocab, known.instead(), 0.0f);
     else if (a.log) differentiate<true>(pair, known);
     else differentiate<false>(pair, known);
     store_segment<true>(pair.grad, static_cast<T*>(a.out) + row * a.width, start, a.width);
@@ -177,7 +177,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
         write_segment(a, pair, known, row, start);
     }
     for (int64_t s = segments; s < plan.written; ++s) {
-        fill(pair.result, s * kSegmentLength<T>, a.vocab, 0.0f, -infinity());
+        pair.result.fill(s * kSegmentLength<T>, a.vocab, 0.0f, -infinity());
         write_segment(a, pair, known, row, s * kSegmentLength<T>);
     }
     if (!a.grad_temperature) return;

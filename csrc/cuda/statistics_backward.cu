@@ -156,17 +156,33 @@ template <class T> __device__ __forceinline__ void rewrite_selected(const Statis
     rewrite<T>(a, g, polynomials, row, g.top_column, g.top_gradient);
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads, 3)
-    write_gradient(const StatisticsBackwardArgs a, const Prepared prepared, int segments) {
+// Row and first column of the block's segment. Volatile: worked out again where they are needed again, not kept. With
+// three blocks to a multiprocessor a thread has 80 registers, 32 of them for the segment: what is known of the row is
+// read while the segment is on its way, and again after it was written.
+template <class T> struct Place {
+    int64_t row, start;
+
+    __device__ __forceinline__ explicit Place(int segments) {
+        unsigned block;
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+        row = block / unsigned(segments);
+        start = int64_t(block % unsigned(segments)) * kSegmentLength<T>;
+    }
+};
+
+template <class T> __device__ __forceinline__ void write_segment(const StatisticsBackwardArgs& a,
+                                                                 const Prepared& prepared, int segments) {
     constexpr int kPer = kPerVector<T>;
-    const int64_t row = blockIdx.x / segments, start = int64_t(blockIdx.x % segments) * kSegmentLength<T>;
+    Segment<T> segment;
+    {
+        const auto [row, start] = Place<T>(segments);
+        if (prepared.rows[row].kind >= RowGradient::kSimple) segment.load(a.logits.row<const T>(row), start, a.vocab);
+    }
+    const auto [row, start] = Place<T>(segments);
     const RowGradient g = prepared.rows[row];
     const Polynomial* polynomials = prepared.polynomials + row * a.temperatures.count;
     T* out = a.out.row<T>(row);
     const int slots = int(min(int64_t(kVectors), (a.width - start + kStride<T> - 1) / kStride<T>));
-
-    Segment<T> segment;
-    if (g.kind >= RowGradient::kSimple) segment.load(a.logits.row<const T>(row), start, a.vocab);
     segment.slots = slots;  // the padding too is written: it holds -inf, hence 0
     if (g.kind == RowGradient::kSimple) {
         const Polynomial q = polynomials[0];
@@ -195,20 +211,19 @@ template <class T> __global__ void __launch_bounds__(kThreads, 3)
             for (int u = 0; u < kPer; ++u) z[u] = sum[u];
         });
     } else {
-        const float value = g.kind == RowGradient::kZero ? 0.0f : __int_as_float(0x7fc00000);
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            float z[kPer];
-#pragma unroll
-            for (int u = 0; u < kPer; ++u) z[u] = start + segment.column(j, u) < a.vocab ? value : 0.0f;
-            segment.vectors[j] = narrow<T>(z);
-        }
+        segment.fill(start, a.vocab, g.kind == RowGradient::kZero ? 0.0f : __int_as_float(0x7fc00000), 0.0f);
     }
     store_segment(segment, out, start, a.width);
-    if (g.kind < RowGradient::kSimple) return;
-    if (!a.selected.ids && g.top_gradient == 0) return;
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads, 3)
+    write_gradient(const StatisticsBackwardArgs a, const Prepared prepared, int segments) {
+    write_segment<T>(a, prepared, segments);
+    const auto [row, start] = Place<T>(segments);
+    const RowGradient g = prepared.rows[row];
+    if (g.kind < RowGradient::kSimple || (!a.selected.ids && g.top_gradient == 0)) return;
     __syncthreads();  // the columns below are written twice, in this order
-    rewrite_selected<T>(a, g, polynomials, row, start);
+    rewrite_selected<T>(a, g, prepared.polynomials + row * a.temperatures.count, row, start);
 }
 
 size_t carve(Prepared& prepared, void* workspace, const StatisticsBackwardArgs& args) {

@@ -85,18 +85,6 @@ template <class T> __device__ __forceinline__ int slots_before(int64_t width, in
     return int(min(int64_t(kVectors), (width - start + kStride<T> - 1) / kStride<T>));
 }
 
-// One value for all real columns and one for the padding.
-template <class T> __device__ __forceinline__ void fill(Segment<T>& segment, int64_t start, int64_t vocab, float inside,
-                                                        float outside) {
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-        float z[kPerVector<T>];
-#pragma unroll
-        for (int u = 0; u < kPerVector<T>; ++u) z[u] = start + segment.column(j, u) < vocab ? inside : outside;
-        segment.vectors[j] = narrow<T>(z);
-    }
-}
-
 // Sum of one number of each segment, by one warp, in every lane.
 __device__ __forceinline__ double sum_over_segments(const double* parts, int segments) {
     double sum = 0;
