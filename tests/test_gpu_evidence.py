@@ -209,7 +209,14 @@ def check_compiled(kernels: list[aot.Kernel]) -> None:
     """No spills, 128-bit loads in the main loop, as many ex2 as logits, registers for as many warps as memory needs."""
     for k in kernels:
         what = f"{k.kernel}, {k.target}, {k.dtype}, V={k.vocab}: {k}"
-        assert k.spills == 0 or k.target.startswith("gfx"), what
+        if k.kernel.startswith("linear_statistics_tiles"):
+            # the sums of the rows wait in local memory while a product is made, where registers are short of both
+            assert k.loop is not None and k.loop.products >= 4, what
+            # Blackwell's loop fetches a pointer or two from there: the logits of 128 by 128 are worth more
+            assert k.loop.spills <= (4 if k.target == "sm_100" else 0), what
+            assert k.spills == 0 or k.target != "sm_90" or "of a layer" not in k.kernel, what
+        else:
+            assert k.spills == 0 or k.target.startswith("gfx"), what
         assert k.registers <= (512 if k.target.startswith("gfx") else 255), what
         if k.kernel not in code_pages.MAIN:
             continue
@@ -235,6 +242,17 @@ def test_kernels_compile_without_spills_and_load_128_bits_at_a_time():
     assert gradient.loop is not None and gradient.loop.stores == {"128": 4} and gradient.loop.ex2 == 32
     shown = code_pages.compiled(kernels)
     assert "| statistics_segments | 128,256 | 4 x 128 |" in shown and "No kernel spills" in shown
+
+
+@pytest.mark.prove
+def test_the_tiles_of_a_layer_keep_everything_in_registers_on_an_h100():
+    kernels = aot.table(("sm_90",), ("bfloat16",), (128_256,), ("linear",))
+    check_compiled(kernels)
+    (tiles,) = [k for k in kernels if k.kernel == "linear_statistics_tiles of a layer"]
+    assert tiles.loop is not None and (tiles.spills, tiles.loop.products) == (0, 8)
+    shown = code_pages.compiled(kernels)
+    assert "| linear_statistics_tiles of a layer | bfloat16 | 255, 0, 96 KiB |" in shown
+    assert "loops that multiply there are none" in shown
 
 
 @pytest.mark.prove

@@ -29,12 +29,12 @@ T = [0.3, 1.0]
 WIDE = pytest.mark.prove  # each compilation takes five to ten seconds
 
 
-@pytest.fixture
-def device(monkeypatch) -> Iterator[emulator.Run]:
+@pytest.fixture(params=[80], ids=["sm80"])
+def device(request, monkeypatch) -> Iterator[emulator.Run]:
     monkeypatch.setattr(backends, "_on_cpu", ("triton",))
     monkeypatch.setattr(kernel, "on_cpu", True)
     monkeypatch.setattr(linear, "_rows_to_do", every_row)
-    with emulator.triton(sm=80, ptxas=False) as run, torch.no_grad():
+    with emulator.triton(sm=request.param, ptxas=False) as run, torch.no_grad():
         yield run
 
 

@@ -78,12 +78,12 @@ def blocks(dtype: torch.dtype, temperatures: int, major: int) -> Blocks:
     From sm_90 on operands come from shared memory: four warps with all the registers there are hold 128 by 128 logits
     without a spill (one temperature). Before, fragments need registers too: eight warps hold the tile, and their states
     wait in local memory while a product is made; 48 KiB of stages leave room for two programs on every such GPU.
-    TF32 fragments are split in registers as well, where the sums of many temperatures are kept, too: half the rows.
+    TF32 fragments are split in registers as well, where the sums of many temperatures are kept, too: smaller tiles.
     """
     wide, few = dtype == torch.float32, temperatures <= 2
     if major in (9, 10):
         return Blocks(128 if few and not wide else 64, 128, 32 if wide else 64, 4, 3, 255)
-    return Blocks(64, 64, 32, 4, 3, 168) if wide else Blocks(128 if few else 64, 128, 32, 8, 4, 128)
+    return Blocks(64, 64, 32, 4, 3, 255) if wide else Blocks(128 if few else 64, 128, 32, 8, 4, 128)
 
 
 @lru_cache(maxsize=64)

@@ -73,6 +73,7 @@ column there; what is written, and read for writing, starts at a boundary and is
         _verdict_on_loads(narrow_targets, narrow),
         "Registers (and warps that fit) of the same kernels in bfloat16, V = 128,256:",
         _registers(kernels, targets),
+        *_layers(kernels, targets),
         _spills(spilling, inside),
     ]
     return "\n\n".join(parts)
@@ -117,6 +118,29 @@ def _registers(kernels: Sequence[Kernel], targets: list[str]) -> str:
         return f"{k.registers} ({resident(k)})" if target in prediction.LIMITS else str(k.registers)
 
     return table(["kernel", *targets], [[name, *(cell(name, target) for target in targets)] for name in MAIN])
+
+
+def _layers(kernels: Sequence[Kernel], targets: list[str]) -> list[str]:
+    """The kernel of a linear layer, whose main loop multiplies matrices instead of reading logits."""
+    found = {(k.kernel, k.dtype, k.target): k for k in kernels if k.kernel.startswith("linear_")}
+    if not found:
+        return []
+    targets = [target for target in targets if any(key[2] == target for key in found)]
+
+    def cell(k: Kernel | None) -> str:
+        return "" if k is None else f"{k.registers}, {k.spills}, {k.shared // 1024} KiB"
+
+    rows = [
+        [name, dtype, *(cell(found.get((name, dtype, target))) for target in targets)]
+        for name, dtype in dict.fromkeys(key[:2] for key in found)
+    ]
+    inside = sum(k.loop.spills if k.loop else 0 for k in found.values())
+    return [
+        "The kernel that makes the logits of a linear layer in tiles (D = 4,096; not for AMD): registers, loads and "
+        "stores of local memory in the text, shared memory. They put away the sums of a tile's rows while the next "
+        f"product is made, once a tile; in the loops that multiply there are {inside or 'none'}.",
+        table(["kernel", "dtype", *targets], rows),
+    ]
 
 
 def _spills(spilling: Sequence[Kernel], inside: Sequence[Kernel]) -> str:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRITON, CUDA, INTERPRETED = "test_triton_emulated", "test_cuda_emulated", "test_triton_interpret"
 TRITON_FUSED = "test_triton_fused_emulated"
 CUDA_SOFTMAX = "test_cuda_softmax_emulated"
+TRITON_LINEAR, LINEAR_INTERPRETED = "test_triton_linear_emulated", "test_triton_linear_interpret"
 _STATISTICS = ("test_statistics", "test_hostile_rows", "test_bad_ids_read_nothing", "test_exponentials_per_element")
 _BITS = "test_a_row_has_the_same_bits_alone_in_company_and_at_any_alignment"
 _TRAFFIC = "test_statistics_reads_each_logit_once_and_its_gradient_reads_and_writes_once"
@@ -32,6 +33,7 @@ class Kernel:
     module: str
     emulated: tuple[str, ...]  # none named: all of the module
     interpreted: tuple[str, ...] = ()
+    interpreter: str = INTERPRETED  # the file with those
 
 
 KERNELS = (
@@ -42,6 +44,8 @@ KERNELS = (
     Kernel("Triton loss and gradient in one launch", TRITON_FUSED, ()),
     Kernel("Triton ranks", TRITON, ("test_ranks", "test_ranks_along_with_statistics", "test_ranks_read_each_logit_once",
            "test_ranks_of_ragged_sets_and_hostile_rows", _BITS), ("test_ranks", "test_ragged_ranks")),
+    Kernel("Triton statistics of a linear layer, forward", TRITON_LINEAR, (),
+           ("test_every_field_is_that_of_the_logits",), LINEAR_INTERPRETED),
     Kernel("Triton softmax, forward and backward", TRITON, ("test_softmax",), ("test_softmax",)),
     Kernel("CUDA statistics, forward", CUDA, ("test_hostile_rows", "test_sizes_around_vectors_warps_and_segments",
            "test_temperatures", "test_many_temperatures", "test_every_alignment_gives_the_same_bits", "test_traffic",
@@ -59,7 +63,7 @@ def missing() -> list[str]:
     """Tests that are named here and nowhere else."""
     out = []
     for kernel in KERNELS:
-        for module, names in ((kernel.module, kernel.emulated), (INTERPRETED, kernel.interpreted)):
+        for module, names in ((kernel.module, kernel.emulated), (kernel.interpreter, kernel.interpreted)):
             tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
             there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
             out += [f"{module}.{name}" for name in names if name not in there]
@@ -73,7 +77,8 @@ def run(everything: bool) -> Outcomes:
     """Run the tests; ``everything`` adds those that are marked prove, which take most of an hour."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.xml")
-        files = [f"tests/{module}.py" for module in dict.fromkeys([*(k.module for k in KERNELS), INTERPRETED])]
+        modules = dict.fromkeys(module for k in KERNELS for module in (k.module, k.interpreter))
+        files = [f"tests/{module}.py" for module in modules]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={path}", *files]
         command += ["-m", "prove or not prove"] if everything else []
         subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
@@ -111,7 +116,7 @@ def interpreted(kernel: Kernel, outcomes: Outcomes) -> str:
         return "does not apply"
     found = [
         outcome for (module, name), outcome in outcomes.items()
-        if module == INTERPRETED and name.startswith("test_in_a_process_of_its_own")
+        if module == kernel.interpreter and name.startswith("test_in_a_process_of_its_own")
     ]  # fmt: skip
     return _cell(found).replace("1 passed", "passed") if found else "not run for this page"
 
