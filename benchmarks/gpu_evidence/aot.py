@@ -235,6 +235,7 @@ def _call_layer(logits: Any, label: Callable[[str], None]) -> None:
         layer = (hidden, weight, bias, 0.5, 30.0) if capped else (hidden, weight, None, None, None)
         linear_statistics.forward(out, *layer, temperature, index, 1, None, -100, True)
     linear_statistics.major_override = None
+    label("")
 
 
 def _measure(name: str, kernel: Any, target: str, dtype: str, vocab: int) -> Kernel:
