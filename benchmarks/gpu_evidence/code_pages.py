@@ -39,8 +39,8 @@ def per_logit(kernel: Kernel) -> tuple[float, float] | None:
 
 MAIN = (
     "statistics_segments", "statistics_segments with ranks", "statistics_backward_gradient", "fused_rows",
-    "fused_rows with sum_logits", "ranks_compare", "ranks_place", "softmax_rows", "softmax_segments", "softmax_write",
-    "softmax_backward_rows",
+    "fused_rows with sum_logits", "ranks_compare", "ranks_histogram_place", "softmax_rows", "softmax_segments",
+    "softmax_write", "softmax_backward_rows",
     "softmax_backward_segments", "softmax_backward_write",
 )  # fmt: skip
 
