@@ -204,7 +204,8 @@ def test_peak_memory_counts_what_the_call_touches():
     assert extra == pytest.approx(size / 1e6, abs=4)
     small = [torch.ones(2**20) for _ in range(9)]  # once freed they stay in the heap
     del small
-    assert memory.peak_extra(lambda: torch.ones(2**20)) == pytest.approx(2**22 / 1e6, abs=0.6)
+    # The mark is of the whole process: what another thread of it takes meanwhile can only add. Hence the least of five.
+    assert min(memory.peak_extra(lambda: torch.ones(2**20)) for _ in range(5)) == pytest.approx(2**22 / 1e6, abs=0.6)
 
 
 # --- answers

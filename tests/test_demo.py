@@ -392,6 +392,9 @@ def test_command_line_exit_codes(options, monkeypatch):
 
     monkeypatch.setattr("fastcalib.demo.run_demo", stop)
     stopped = CliRunner().invoke(cli.app, arguments)
+    assert stopped.exit_code == 130 and "Nothing was finished yet" in stopped.output
+    (options.out / "state").mkdir(parents=True)
+    stopped = CliRunner().invoke(cli.app, arguments)
     assert stopped.exit_code == 130 and "the same command goes on from there" in stopped.output
 
 
