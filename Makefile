@@ -25,7 +25,7 @@ SANITIZED := build/sanitized-package
 # emulator and add nothing.
 GPU_GRID = -k "not float64 and not gradcheck and not threads and not 262144 and not every_small_size and not every_token and not cold_and_hot"
 GRID_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/test_softmax*.py) \
-	tests/test_edge_cases.py tests/test_determinism.py tests/test_fused.py tests/test_long_rows.py tests/test_moments.py
+	tests/test_edge_cases.py tests/test_determinism.py $(wildcard tests/test_fused*.py) tests/test_long_rows.py tests/test_moments.py
 # Whatever reaches the C++ kernels: cutoff rules, linear layers and distributions too, whose Triton kernels have emulated
 # tests of their own.
 SANITIZE_TESTS = $(GRID_TESTS) tests/test_cutoff_kernels.py \
