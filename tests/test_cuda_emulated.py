@@ -86,6 +86,33 @@ def test_hostile_rows(sm, dtype, v):
     check(logits, index, [1.0, 0.05], f"V={v}", sm, ranks=True)
 
 
+def test_spread_of_rows_far_from_zero_and_beyond_the_squares_of_float32():
+    """Squares are summed as they are where the mean is within 5 standard deviations of 0; else, where that would cancel
+    or overflow, where a logit is masked or a warp is not full, about the mean: then the offset costs nothing."""
+    v = SEGMENT[torch.float32] + 5_000
+    base = random_logits(1, v, scale=1.0, seed=3).double()[0]
+    masked, few, last_warp = base + 1e4, base + 1e4, base.clone()
+    masked[::3] = -torch.inf
+    few[64:] = -torch.inf
+    last_warp[-700:] += 1e6
+    rows = {f"{offset:+g}": base + offset for offset in (0, 3, -5, 5.5, 5.7, 6, 8, 100, -1e4, 1e6)}
+    rows |= {f"x {scale:g}": base * scale + 2 * scale for scale in (1e18, 1e22, 1e30)}
+    rows |= {"masked, +1e4": masked, "64 finite logits, +1e4": few, "a jump of 1e6": last_warp}
+    logits = torch.stack(list(rows.values())).float()
+    with emulated_cuda.backend(90):
+        got = fastcalib.statistics(logits, backend="cuda")
+    for r, name in enumerate(rows):
+        finite = logits[r][logits[r].isfinite()].double()
+        # A chain of 32 squares rounds 32 times by 2^-24, and the root halves that: 1e-6. Squares about 0 are up to 32
+        # times the squares about the mean.
+        plain = name in ("+0", "+3", "-5", "+5.5")
+        error = abs(got.std_logits[r].item() / finite.std().item() - 1)
+        assert error <= (3.2e-5 if plain else 1e-6), f"{name}: std_logits is off by {error:.1e}"
+        if finite.numel() == v:  # rounded once to float32, and each term of a chain of 32
+            error = abs(got.sum_logits[r].item() - finite.sum().item()) / finite.abs().sum().item()
+            assert error <= 2e-6, f"{name}: sum_logits is off by {error:.1e}"
+
+
 @each_arch()
 @each_dtype
 def test_sizes_around_vectors_warps_and_segments(sm, dtype):
