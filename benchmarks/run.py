@@ -5,7 +5,7 @@
     python benchmarks/run.py --targets        the table of figures to reach, with pass or FAIL
     python benchmarks/run.py --scaling        time and memory against V, N, K and M, with fitted slopes
     python benchmarks/run.py --overhead       microseconds per call on tiny logits
-    python benchmarks/run.py --prefixes 10000 order, cutoffs and shape of so many prefixes of V = 151,936
+    python benchmarks/run.py --scale          order, cutoffs and shape of 10,000 prefixes, V = 151,936 (3 minutes)
     python benchmarks/run.py --only 'ranks.*bf16' --json out.json --plot out.png --markdown out.md
     python benchmarks/run.py --device cuda    the rows on a GPU, with the peers that have GPU kernels
 
@@ -52,8 +52,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--targets", action="store_true", help="only the table of figures to reach")
     add("--scaling", action="store_true", help="only the growth of time and memory")
     add("--overhead", action="store_true", help="only the cost of a call")
-    add("--prefixes", type=int, metavar="N", help="only the diagnostics of N prefixes, beside plain PyTorch on a slice")
-    add("--all", action="store_true", help="rows, targets, scaling and overhead")
+    add("--scale", action="store_true", help="only the diagnostics of many prefixes, beside plain PyTorch on a few")
+    add("--prefixes", type=int, metavar="N", default=scale.PREFIXES, help="of --scale (default: %(default)s)")
+    add("--all", action="store_true", help="rows, targets, scaling, overhead and scale")
     add("--only", metavar="REGEX", help="only rows whose name matches, e.g. 'statistics K=1 .*fp32.*fwd$'")
     add("--shapes", type=shapes, default=None, metavar="NxV[,NxV]",
         help="other sizes than the table's (the figures to reach are defined at 256x128256 only)")  # fmt: skip
@@ -68,12 +69,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write everything measured")
     add("--plot", metavar="FILE.png", help="write a picture of the rows")
     add("--markdown", metavar="FILE.md", help="write the tables, with the machine described")
-    add("--from-json", metavar="FILE", help="measure nothing: tables and picture from an earlier --json")
+    earlier = "measure nothing: tables and picture from earlier --json; later files add to the first"
+    add("--from-json", metavar="FILE", nargs="+", help=earlier)
     add("--retained-child", metavar="FILE", help=argparse.SUPPRESS)
     add("--backward-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cuda":
-        for name in ("targets", "scaling", "overhead", "all", "heap"):
+        for name in ("targets", "scaling", "overhead", "scale", "all", "heap"):
             if getattr(options, name):
                 parser.error(f"--{name} is of the CPU; with --device cuda leave it out")
     options.shapes_given, options.shapes = options.shapes is not None, options.shapes or default_shapes(options)
@@ -154,9 +156,9 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     print("\n".join(describe_machine(machine)))
     if machine["fastcalib"].get("backend") != "cpp":
         print("NOTE: the C++ kernels are not live; rows called fastcalib are its eager reference")
-    everything = not (options.targets or options.scaling or options.overhead)
+    everything = not (options.targets or options.scaling or options.overhead or options.scale)
     document: dict[str, Any] = {"schema": SCHEMA, "machine": machine, "peers": [asdict(p) for p in survey()]}
-    document |= {"rows": [], "targets": None, "scaling": None, "overhead": None}
+    document |= {"rows": [], "targets": None, "scaling": None, "overhead": None, "scale": None}
     if everything or options.all:
         heap = options.heap or ("fresh" if options.quick else "both")
         cases = choose(options)
@@ -175,6 +177,20 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     if options.overhead or options.all:
         document["overhead"] = run_overhead(settings)
         print("\n" + format_overhead(document["overhead"]))
+    if options.scale or options.all:
+        document["scale"] = scale.run_scale(machine, options.prefixes, (torch.float32, torch.bfloat16))
+        print("\n" + "\n".join(map(scale.describe, document["scale"])))
+    return document
+
+
+def read_earlier(files: list[str]) -> dict[str, Any]:
+    """Documents of several runs as one: the machine of the first, rows of all, of the other parts the last measured."""
+    first, *more = (json.loads(Path(file).read_text()) for file in files)
+    document: dict[str, Any] = first
+    for other in more:
+        document["rows"] += other["rows"]
+        for part in ("targets", "scaling", "overhead", "scale"):
+            document[part] = other.get(part) or document.get(part)
     return document
 
 
@@ -194,17 +210,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in choose(options)))
         return 0
-    if options.prefixes:
-        torch.set_num_threads(options.threads)
-        for dtype in (torch.float32, torch.bfloat16):
-            print(scale.describe(scale.run(options.prefixes, 151_936, 256, 16, dtype), SHORT[dtype]), flush=True)
-        return 0
     if options.retained_child:
         torch.set_num_threads(options.threads)
         Path(options.retained_child).write_text(json.dumps(retained_run(settings_of(options)).times()))
         return 0
     if options.from_json:
-        document = json.loads(Path(options.from_json).read_text())
+        document = read_earlier(options.from_json)
     elif options.device == "cuda":
         if why := gpu.why_not():
             print(why, file=sys.stderr)

@@ -169,7 +169,8 @@ int64_t cutoffs(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_
                 int64_t vocab, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count, uintptr_t rules,
                 int64_t rule_count, bool last, uintptr_t ids, uintptr_t offsets, uintptr_t counts, uintptr_t threshold,
                 uintptr_t kept, uintptr_t mass, bool valid, uintptr_t keeps, uintptr_t kept_valid, uintptr_t valid_mass,
-                uintptr_t kept_counts, uintptr_t total_counts, int threads) {
+                uintptr_t kept_counts, uintptr_t total_counts, bool tokens, uintptr_t n_greater, uintptr_t n_equal,
+                uintptr_t below, uintptr_t log_norm, uintptr_t entropy, int threads) {
     CutoffsArgs a;
     a.logits = matrix(logits, dtype, rows, inner, outer_stride, inner_stride);
     a.vocab = vocab;
@@ -188,6 +189,12 @@ int64_t cutoffs(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_
     a.valid_mass = ptr(valid_mass);
     a.kept_counts = ptr<double>(kept_counts);
     a.total_counts = ptr<double>(total_counts);
+    a.tokens = tokens;
+    a.n_greater = ptr<int64_t>(n_greater);
+    a.n_equal = ptr<int64_t>(n_equal);
+    a.below = ptr<double>(below);
+    a.log_norm = ptr<double>(log_norm);
+    a.entropy = ptr<double>(entropy);
     a.threads = threads;
     return kernels().cutoffs(a);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,31 @@ from ._ragged import Ints
 from ._trie_levels import append_token
 
 
+class AnswersClash(ValueError):
+    """Answers that one trie cannot hold.
+
+    Attributes:
+        why: "same", "beginning" (the first is the beginning of the second) or "end token" (the answer holds it).
+        answers: their numbers.
+    """
+
+    def __init__(self, message: str, why: str, *answers: int) -> None:
+        super().__init__(message)
+        self.why, self.answers = why, answers
+
+    def of_texts(self, texts: Sequence[str], which: Ints) -> AnswersClash:
+        """The same about texts, of which the answers are tokenisations: ``which`` says of which."""
+        numbers = [int(which[answer]) for answer in self.answers]
+        shown = [f"text {number}, {texts[number]!r:.60}," for number in numbers]
+        message = {
+            "same": '{} has the tokens of {} too; drop one or say duplicates="merge"',
+            "beginning": "{} has tokens that are the beginning of {} so nothing would say that it ends there. Give an "
+            "end_token",
+            "end token": "{} holds the end token already; if texts bring their own, say end_token=None",
+        }[self.why].format(*shown)
+        return AnswersClash(f"from_texts: {message}", self.why, *numbers)
+
+
 def with_end_token(values: Ints, offsets: Ints, end_token: int) -> tuple[Ints, Ints]:
     """Every sequence with the end token, which must be a token id that none of them holds."""
     if isinstance(end_token, bool) or not isinstance(end_token, int) or end_token < 0:
@@ -18,9 +44,11 @@ def with_end_token(values: Ints, offsets: Ints, end_token: int) -> tuple[Ints, I
     inside = np.flatnonzero(values == end_token)
     if inside.size:
         which = int(np.searchsorted(offsets, inside[0], side="right")) - 1
-        raise ValueError(
+        raise AnswersClash(
             f"from_token_ids: answer {which} holds the end token {end_token} already; if answers bring their own, "
-            "leave end_token out"
+            "leave end_token out",
+            "end token",
+            which,
         )
     return append_token(values, offsets, end_token)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._answer_texts import all_segmentations, canonical, check_texts
 from ._ragged import as_tensor, ragged
-from ._trie_arguments import checked_index, checked_weights, shown, with_end_token
+from ._trie_arguments import AnswersClash, checked_index, checked_weights, shown, with_end_token
 from ._trie_levels import (
     Levels,
     PrefixOfAnother,
@@ -209,9 +209,11 @@ class AnswerTrie:
             if duplicates == "error":
                 at = int(np.flatnonzero(again)[0])
                 pair = sorted(order[at - 1 : at + 1].tolist())
-                raise ValueError(
+                raise AnswersClash(
                     f"from_token_ids: answers {pair[0]} and {pair[1]} are the same, "
-                    f'{shown(values, offsets, pair[0])}; drop one or say duplicates="merge"'
+                    f'{shown(values, offsets, pair[0])}; drop one or say duplicates="merge"',
+                    "same",
+                    *pair,
                 )
             order = np.minimum.reduceat(order, first)
             weight = weight if weight is None else np.add.reduceat(weight, first)
@@ -219,9 +221,12 @@ class AnswerTrie:
             levels = build_levels(values, offsets, order, order if index is None else index[order], weight)
         except PrefixOfAnother as found:
             short, long = found.args
-            raise ValueError(
+            raise AnswersClash(
                 f"from_token_ids: answer {short}, {shown(values, offsets, short)}, is the beginning of answer {long}, "
-                f"{shown(values, offsets, long)}: nothing would say that it ends there. Give an end_token"
+                f"{shown(values, offsets, long)}: nothing would say that it ends there. Give an end_token",
+                "beginning",
+                short,
+                long,
             ) from None
         return cls(*_fields(levels))
 
@@ -283,13 +288,16 @@ class AnswerTrie:
         weight = checked_weights(weights, len(texts))
         if weight is not None:
             weight = (weight / np.bincount(found.text, minlength=len(texts)))[found.text]
-        trie = cls.from_token_ids(
-            (found.values, found.offsets),
-            end_token=end,
-            weights=weight,
-            duplicates=duplicates,
-            answer_index=as_tensor(found.text),
-        )
+        try:
+            trie = cls.from_token_ids(
+                (found.values, found.offsets),
+                end_token=end,
+                weights=weight,
+                duplicates=duplicates,
+                answer_index=as_tensor(found.text),
+            )
+        except AnswersClash as clash:
+            raise clash.of_texts(texts, found.text) from None
         return replace(trie, prompt=as_tensor(found.prompt))
 
 

@@ -56,12 +56,12 @@ def diagnose(
     task: Annotated[
         str, typer.Option(help="us-states, digits, digits-sum, or a file of answers (text, JSON or Parquet).")
     ] = "us-states",
-    prompt: Annotated[str | None, typer.Option(help="What is asked, for a file of answers.")] = None,
-    digits: Annotated[int, typer.Option(help="How many integers.")] = 2,
+    prompt: Annotated[str | None, typer.Option(help="What is asked, instead of the task's own words.")] = None,
+    digits: Annotated[int, typer.Option(help="How many integers (digits tasks).")] = 2,
     start: Annotated[int, typer.Option(help="Lowest integer.")] = 0,
     end: Annotated[int, typer.Option(help="Highest integer.")] = 9,
-    total: Annotated[int | None, typer.Option("--sum", help="Sum of the integers; without it 9.")] = None,
-    sum_rule: Annotated[str, typer.Option(help="equal, or at-most.")] = "equal",
+    total: Annotated[int | None, typer.Option("--sum", help="Sum of the integers (digits-sum); without it 9.")] = None,
+    sum_rule: Annotated[str, typer.Option(help="equal, or at-most (digits-sum).")] = "equal",
     style: Annotated[str, typer.Option(help="plain, or chat: the tokenizer's chat template.")] = "plain",
     end_token: Annotated[str, typer.Option(help="Ends an answer: eos, none, or text that is one token.")] = "eos",
     tokenisations: Annotated[str, typer.Option(help="canonical, or all that spell the answer.")] = "canonical",
@@ -71,18 +71,26 @@ def diagnose(
     ] = None,
     order: Annotated[str, typer.Option(help="temperature-first, or temperature-last.")] = "temperature-first",
     precision: Annotated[float, typer.Option(help="Where recall is read off.")] = 0.8,
-    draws: Annotated[int | None, typer.Option(help="Draws of the expected number of different valid tokens.")] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            help="Draws behind the expected number of different valid tokens; without it, as many as there are."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prefixes per forward of the model.")] = 32,
-    max_prefixes: Annotated[int | None, typer.Option(help="Look at an even sample of the prefixes.")] = None,
+    max_prefixes: Annotated[
+        int | None, typer.Option(help="Look at an even sample; whole answers are left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of that sample.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, or map (spread over all).")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Diagnose order and shape of a model on a task whose answers are all known; write tables for a report."""
-    from .runner.diagnose import run_diagnose
-    from .runner.options import DiagnoseOptions, read_rules, read_temperatures
 
     def work() -> None:
+        from .runner.diagnose import run_diagnose
+        from .runner.options import DiagnoseOptions, read_rules, read_temperatures
+
         run_diagnose(
             DiagnoseOptions(
                 out=out, model=model, task=task, prompt=prompt, digits=digits, start=start, end=end, total=total,
@@ -111,10 +119,13 @@ def score(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Measure the calibration of a model's next-token predictions on text; write numbers for a report."""
-    from .runner.score import ScoreOptions, run_score
 
-    options = ScoreOptions(out, model, text, tokens, window, batch, full_ece, device, dtype)
-    _run("score", out, lambda: run_score(options))
+    def work() -> None:
+        from .runner.score import ScoreOptions, run_score
+
+        run_score(ScoreOptions(out, model, text, tokens, window, batch, full_ece, device, dtype))
+
+    _run("score", out, work)
 
 
 def _unescape(text: str) -> str:
@@ -131,10 +142,16 @@ def _run(command: str, out: Path, work: Callable[[], object]) -> None:
     except UserError as error:
         typer.secho(f"fastcalib {command}: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        typer.secho(f"fastcalib {command}: {error.strerror or error}{where}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    except ImportError as error:
+        typer.secho(f"fastcalib {command}: {error}; pip install 'fastcalib[report]'", fg="red", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.echo(
-            f"\nStopped. What was finished is in {out / 'state'}; the same command goes on from there.", err=True
-        )
+        kept = f"What was finished is in {out / 'state'}; the same command goes on from there."
+        typer.echo(f"\nStopped. {kept if (out / 'state').is_dir() else 'Nothing was finished yet.'}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -119,7 +119,7 @@ class KeepAll(Rule):
 
 
 _NUMBERED: dict[str, Callable[[str], Rule]] = {
-    "top_k": lambda text: TopK(int(text)),
+    "top_k": lambda text: TopK(int(text) if text.lstrip("+-").isdecimal() else float(text)),  # type: ignore[arg-type]
     "top_p": lambda text: TopP(float(text)),
     "min_p": lambda text: MinP(float(text)),
     "epsilon": lambda text: Epsilon(float(text)),
@@ -151,7 +151,8 @@ def parse_rule(text: str) -> Rule:
     try:
         return _NUMBERED[name](number)
     except ValueError as error:
-        raise ValueError(f"parse_rule: {text!r}: {error}") from None
+        what = str(error) if str(error).startswith(name) else f"{number!r} is no number"
+        raise ValueError(f"parse_rule: {text!r}: {what}") from None
 
 
 def paper_rules() -> list[Rule]:

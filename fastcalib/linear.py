@@ -16,7 +16,7 @@ from .fused import CHUNK_BYTES
 from .losses._base import TokenLoss
 from .ops._arguments import Index, check_target
 from .ops._linear import Gradients, Linear, check_chunk_size, check_linear, make_linear
-from .ops._linear_chunks import Request, forward
+from .ops._linear_chunks import Request, forward, in_tiles
 from .ops._linear_filter import FilteredGradients, check_filter_below
 
 
@@ -135,13 +135,14 @@ def _leave_out_ignored(hidden: Tensor, job: Job) -> tuple[Tensor, Job]:
 
 def _without_gradient(layer: Linear, job: Job, chunk_size: int | None) -> Tensor:
     settings, like = job.settings, layer.hidden
-    if resolve(settings.backend, like.device, like.dtype) != "cpp":
-        return _loop(layer, job, chunk_size, None)
+    backend = resolve(settings.backend, like.device, like.dtype)
     target = Index(job.target, 1, None, tuple(job.target.shape))
     request = Request(
-        target, job.width, settings.ignore_index, False, job.moments, "cpp", like.dtype, layer.scale, layer.softcap,
+        target, job.width, settings.ignore_index, False, job.moments, backend, like.dtype, layer.scale, layer.softcap,
         None,
     )  # fmt: skip
+    if backend != "cpp" and not in_tiles(layer, job.temperatures, request):
+        return _loop(layer, job, chunk_size, None)
     numbers = Numbers(job, forward(layer, job.temperatures, request))
     loss = job.per_token(numbers.stats, slice(0, layer.n_rows))
     return job.reduce([(loss, numbers.log_prob)], like)

@@ -34,6 +34,11 @@ def fingerprint(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def digest(tensor: Tensor) -> str:
+    """The same of a tensor's numbers."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Record:
     """What one unit of work left behind: tensors, and a few facts that JSON can hold."""

@@ -106,7 +106,8 @@ class ValidSets:
 
     def rows(self) -> Tensor:
         """Row of each value, int64 (nnz,)."""
-        return torch.repeat_interleave(torch.arange(len(self), device=self.values.device), self.counts())
+        rows = torch.arange(len(self), device=self.values.device)
+        return torch.repeat_interleave(rows, self.counts(), output_size=self.values.numel())  # a GPU is not asked
 
     def to(self, device: torch.device | str) -> ValidSets:
         """The same sets on another device."""

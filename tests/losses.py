@@ -149,3 +149,26 @@ def sharp_logits(dtype: torch.dtype = torch.float64) -> Tensor:
     logits = random_logits(N, V, seed=3).double() / 3
     logits[torch.arange(N), TARGET] += torch.tensor([9.0, 6.0, 4.0, 2.0, 0.0, -2.0, -5.0, -9.0])
     return logits.to(dtype)
+
+
+def with_ignored() -> Tensor:
+    """The targets, two of them ignored."""
+    target = TARGET.clone()
+    target[3] = target[6] = -100
+    return target
+
+
+def result(loss: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient to the logits."""
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), gradient
+
+
+def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exactly: bool = True) -> None:
+    """Two results are the same bits, or within the last bits of float32."""
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if exactly:
+            assert torch.equal(a, b), f"off by {(a - b).abs().max():.3g}"
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -96,7 +96,7 @@ def test_end_tokens():
     assert set(own.token[own.leaves()].tolist()) == {1}
     line = AnswerTrie.from_texts(tokenizer, [s + "\n" for s in STATES], prompt="A: ", end_token=None)
     assert set(line.token[line.leaves()].tolist()) == set(tokenizer("\n")["input_ids"])
-    with pytest.raises(ValueError, match=r"answer 1.* is the beginning of answer 0.*Give an end_token"):
+    with pytest.raises(ValueError, match=r"text 1, 'Tex',.* the beginning of text 0, 'Texas',.*Give an end_token"):
         AnswerTrie.from_texts(tokenizer, ["Texas", "Tex", "Alaska"], prompt="A: ", end_token=None)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token_id; give the id"):
@@ -208,7 +208,7 @@ def test_too_many_and_unknown_tokenisations():
         (["Te", ""], {"prompt": "A: ", "end_token": None}, ValueError, "text 1 is empty.*end_token"),
         (["Texas"], {"tokenisations": "every"}, ValueError, 'tokenisations must be "canonical" or "all"'),
         (["Texas"], {"shared": "both"}, ValueError, 'shared must be "prompt" or "answer"'),
-        (["Texas", "Te", "Texas"], {"prompt": "A: "}, ValueError, r"answers 0 and 2 are the same"),
+        (["Texas", "Te", "Texas"], {"prompt": "A: "}, ValueError, "text 0, 'Texas', has the tokens of text 2,"),
     ],
 )
 def test_what_are_no_texts(texts, options, error, words):

@@ -19,7 +19,7 @@ if not (FOLDER / "bench").is_dir():
     pytest.skip("benchmarks/ is not shipped with the package", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
 
-from bench import ceilings, harness, linear, memory, ours, plain, report, suite  # noqa: E402
+from bench import ceilings, harness, linear, memory, ours, peers, plain, report, suite  # noqa: E402
 from bench.cases import Case, Job, all_cases  # noqa: E402
 from bench.problem import ARBITRARY, ARITHMETIC, Problem, gradient, max_error  # noqa: E402
 from bench.scaling import slope  # noqa: E402
@@ -283,6 +283,19 @@ def test_all_ways_through_a_linear_layer_agree(compiled):
         torch.testing.assert_close(got["grad"].double(), layer.gradient64(70), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("package", "make"), [("liger_kernel", peers.liger), ("cut_cross_entropy", peers.cut_cross_entropy)]
+)
+def test_peers_compute_the_same_loss_of_a_linear_layer(package, make):
+    pytest.importorskip(package)
+    layer = linear.Layer(70, 5000, 16, torch.float32)  # liger-kernel goes by 4,096 columns
+    want = plain.statistics(layer.logits64(70), layer.target, (1.0,))
+    with torch.compiler.set_stance("force_eager"):  # cut-cross-entropy's is compiled
+        got = linear.peer_nll(layer, make)()
+    torch.testing.assert_close(got["loss"].double(), -want["log_prob"].mean(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got["grad"].double(), layer.gradient64(70), rtol=1e-4, atol=1e-6)
+
+
 # --- the suite
 
 
@@ -310,6 +323,10 @@ def test_a_missing_competitor_is_reported_and_the_rest_go_on():
     assert row["entries"]["eager"]["error"] == pytest.approx(0.5)
     assert row["bytes"] == 4 * 16 * 4
     assert "not available: fastcalib has no such thing" in report.format_row(row)
+
+
+def test_every_family_of_rows_has_its_table():
+    assert {case.group for case in all_cases()} == set(report.TITLES)
 
 
 def test_cases_cover_the_sizes_asked_for():
@@ -389,27 +406,3 @@ def test_tables_and_picture_from_an_earlier_run(document, tmp_path):
     text = page.read_text()
     assert "| statistics K=8 arithmetic | fp32 | 4 x 64 |" in text
     assert "## Statistics: forward + backward, fresh gradient memory" in text
-
-
-# --- order, cutoffs and shape
-
-
-def test_plain_diagnostics_are_those_of_the_library():
-    """What is compared is the same work: every number of one is a number of the other."""
-    from bench import diagnostics
-    from bench.problem import max_error
-
-    logits = torch.randn(5, 3_000, dtype=torch.float64) * 3
-    factories, reference = diagnostics.competitors(logits)
-    got, want = factories["fastcalib"]()(), reference(5)
-    assert set(got) == set(want)
-    assert max_error(got, want) < 6e-8  # shares of counts, which the plain one divides in float32
-    assert max_error(diagnostics.plain(logits.float(), diagnostics.valid_tokens(logits)), want) < 1e-3
-
-
-def test_scale_in_small(capsys):
-    from bench import scale
-
-    found = scale.run(5, 400, 2, 2, torch.float32, rounds=1)
-    assert found["prefixes"] == 5 and found["ratio"] > 0
-    assert "5 prefixes" in scale.describe(found, "fp32")

@@ -353,6 +353,7 @@ def written(tmp_path_factory):
         patch.setattr(torch, "compile", lambda function, **options: function)
         patch.setitem(sys.modules, "torchmetrics.functional.text", None)
         only = r"statistics K=1 \||statistics K=8 \|.*fp32|ranks M=16 |^softmax|loss nll|loss gem.*fp32"
+        only += "|linear statistics.*fp32"
         arguments = ["--device", "cuda", "--shapes", "4x64", "--only", only, "--no-compile", "--rounds", "3"]
         arguments += ["--json", str(files["json"]), "--markdown", str(files["md"]), "--plot", str(files["png"])]
         assert run.main(arguments) == 0
@@ -363,7 +364,7 @@ def test_rows_of_every_kind_are_right_and_whole(written):
     document = json.loads(written["json"].read_text())
     suite.validate(document)
     assert document["machine"]["gpu"]["name"] == "NVIDIA H100 80GB HBM3"
-    assert {r["group"] for r in document["rows"]} == {"statistics", "ranks", "dense", "losses"}
+    assert {r["group"] for r in document["rows"]} == {"statistics", "ranks", "dense", "losses", "linear"}
     for row in document["rows"]:
         for name in ("fastcalib", "fastcalib cpp", "eager"):
             entry = row["entries"][name]
@@ -372,6 +373,8 @@ def test_rows_of_every_kind_are_right_and_whole(written):
             assert entry["error"] < (5e-6 if row["dtype"] == "fp32" else 2e-2), f"{row['op']} {row['dtype']}: {name}"
             assert entry["samples"] == 3
         assert "torch.compile" not in row["entries"]
+    (layer,) = [row["entries"] for row in document["rows"] if row["group"] == "linear"]
+    assert layer["fastcalib in chunks"]["error"] < 5e-6 and layer["matmul alone"]["samples"] == 3
     broken = json.loads(json.dumps(document))
     del broken["rows"][0]["entries"]["eager"]["fraction_of_measured"]
     with pytest.raises(ValueError, match=r"rows\[0\].entries\[eager\].*fraction_of_measured"):

@@ -197,5 +197,5 @@ def test_smooth_ece_refuses_what_makes_no_sense(monkeypatch: pytest.MonkeyPatch)
         return present(name, *rest, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(ImportError, match="pip install relplot"):
+    with pytest.raises(ImportError, match=r"fastcalib\[smooth\]"):
         smooth_ece(torch.zeros(1), torch.zeros(1))

@@ -162,6 +162,7 @@ def test_opcheck():
     op = torch.ops.fastcalib.cutoffs.default
     counts = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     opcheck(op, (random_logits(3, 40).requires_grad_(), t, rules, False, sets.values, sets.offsets, counts, True, 40))
+    opcheck(op, (random_logits(3, 40), t, rules, False, sets.values, sets.offsets, None, True, 40, True))
     opcheck(op, (random_logits(3, 40, dtype=torch.bfloat16), t, rules[1:2], True, None, None, None, False, 38))
 
 

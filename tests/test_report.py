@@ -13,22 +13,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("jinja2", reason="the report needs the extra fastcalib[report]")
 pytest.importorskip("pyarrow", reason="the report needs the extra fastcalib[report]")
 
-from fastcalib import ValidSets
-from fastcalib.diagnostics import order_from_ranks
-from fastcalib.report import data, measures, write_report
+from fastcalib.report import data, write_report
 from fastcalib.report.data import read_runs, sample_prefixes
-from fastcalib.report.headlines import headlines
 from fastcalib.report.page import collect, render, script_json
+from fastcalib.report.tables import differences
 from fastcalib.runner.tables import SCHEMAS, RunFacts, write_facts, write_table
 
-from .report_runs import NASTY, RULES, TEMPERATURES, TOKENS, write_large_run, write_toy_run
+from .report_runs import NASTY, TOKENS, write_large_run, write_toy_run
 
 # Numbers are rounded to five digits for the page.
 FIVE_DIGITS = 5e-5
@@ -92,155 +88,6 @@ def payload_of(html: str) -> dict[str, Any]:
     return loaded
 
 
-# Numbers
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_frontier_is_that_of_the_diagnostics(seed: int) -> None:
-    # Few distinct logits, so that valid tokens tie with each other and with invalid ones.
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randint(0, 12, (40,), generator=generator).double()
-    valid = torch.randperm(40, generator=generator)[:9].sort().values
-    counts = torch.randint(1, 9, (9,), generator=generator)
-    above = (z > z[valid, None]).sum(1)
-    equal = (z == z[valid, None]).sum(1) - 1
-    want = order_from_ranks(above, equal, ValidSets.from_lists([valid.tolist()]), counts=counts, vocab_size=40)
-    precision, recall, token_recall = measures.frontier(above.numpy(), equal.numpy(), counts.double().numpy())
-    # The diagnostics repeat a point for each tied token.
-    distinct = np.append(np.diff(want.rank.numpy()) != 0, True)
-    np.testing.assert_allclose(precision, want.precision.numpy()[distinct], rtol=1e-12)
-    np.testing.assert_allclose(recall, want.recall.numpy()[distinct], rtol=1e-12)
-    np.testing.assert_allclose(token_recall, want.token_recall.numpy()[distinct], rtol=1e-12)
-    # At each recall of the grid the best precision among the cutoffs that reach it, by looking at all of them.
-    brute = [max(p for p, r in zip(precision, recall) if r >= q - 1e-9) for q in measures.GRID]
-    np.testing.assert_allclose(measures.best_precision(precision, recall), brute, rtol=1e-12)
-
-
-def test_frontiers_are_means_over_prefixes(toy: Path) -> None:
-    (run,) = read_runs([toy])
-    table, trie = run.table("valid"), run.table("trie")
-    assert table is not None and trie is not None
-    groups = measures.frontiers(run)
-    assert groups is not None
-    assert [group["depth"] for group in groups] == [None, 0, 1, 2]
-    inner = set(trie["parent"].tolist()) - {-1}
-    assert groups[0]["prefixes"] == len(inner)
-    at_half, kept, hits = [], [], []
-    for node in sorted(inner):
-        rows = table["node"] == node
-        weight = trie["count"][table["child"][rows]]
-        precision, recall, _ = measures.frontier(table["n_greater"][rows], table["n_equal"][rows], weight.astype(float))
-        at_half.append(max(p for p, r in zip(precision, recall) if r >= 0.5))
-        inside = table["n_greater"][rows] < rows.sum()
-        kept.append(weight[inside].sum() / weight.sum())
-        hits.append(inside.sum() / rows.sum())
-    half = int(np.flatnonzero(measures.GRID == 0.5)[0])
-    assert groups[0]["answers"]["mean"][half] == pytest.approx(np.mean(at_half), rel=5e-4)  # four digits
-    assert groups[0]["answers"]["high"][half] == pytest.approx(np.quantile(at_half, 0.75), rel=5e-4)
-    order = run.table("order")
-    assert order is not None
-    want = [order["r_precision"].mean(), np.mean(kept), np.mean(hits)]
-    assert groups[0]["oracle"] == pytest.approx(want, rel=FIVE_DIGITS)
-
-
-def test_rules_are_means_over_the_prefixes_where_they_are_defined(tmp_path: Path) -> None:
-    rows = [
-        {"node": 0, "rule": "top_k=2", "temperature": 1.0, "kept": 2, "precision": 0.5, "recall": 1.0},
-        {"node": 1, "rule": "top_k=2", "temperature": 1.0, "kept": 4, "precision": math.nan, "recall": 0.0},
-        {"node": 0, "rule": "none", "temperature": 2.0, "kept": 9, "precision": 0.1, "recall": 1.0},
-    ]
-    full = [{"kept_mass": 0.25, "token_recall": 0.75, **row} for row in rows]
-    write_table(tmp_path, "cutoffs", {key: [row[key] for row in full] for key in SCHEMAS["cutoffs"].names})
-    write_facts(tmp_path, RunFacts({"name": "m"}))
-    table = measures.rules(read_runs([tmp_path])[0])
-    assert table is not None
-    assert table["temperatures"] == [1, 2]
-    none, top_k = table["rows"]  # no cutoff comes first
-    assert (none["label"], top_k["label"], top_k["family"], top_k["parameter"]) == ("no cutoff", "top-k 2", "top-k", 2)
-    assert top_k["precision"] == [0.5, None]
-    assert top_k["recall"] == [0.5, None]
-    assert top_k["kept"] == [3, None]
-    assert none["kept"] == [None, 9]
-
-
-def test_curves_keep_the_numbers_of_their_tables(toy: Path) -> None:
-    (run,) = read_runs([toy])
-    sequence, compounding = measures.sequence(run), measures.compounding(run)
-    assert sequence is not None and compounding is not None
-    assert [entry["rule"] for entry in sequence][:2] == ["none", "size_oracle"]
-    assert {entry["rule"] for entry in sequence} == set(RULES)
-    table = run.table("sequence")
-    assert table is not None
-    at = {(r, t): i for i, (r, t) in enumerate(zip(table["rule"], table["temperature"]))}
-    for entry in sequence:
-        assert entry["temperature"] == TEMPERATURES
-        for key in ("validity", "diversity"):
-            want = [table[key][at[entry["rule"], t]] for t in TEMPERATURES]
-            assert entry[key] == pytest.approx(want, rel=FIVE_DIGITS)
-    # The products end at the precision and recall of whole answers.
-    for entry in compounding:
-        row = at[entry["rule"], entry["temperature"]]
-        assert entry["token"] == [1, 2, 3]
-        assert entry["alpha_product"][-1] == pytest.approx(table["precision"][row], rel=FIVE_DIGITS)
-        assert entry["beta_product"][-1] == pytest.approx(table["recall"][row], rel=FIVE_DIGITS)
-
-
-def test_shape_is_mean_and_quartiles_of_what_is_finite(toy: Path) -> None:
-    (run,) = read_runs([toy])
-    table, order = run.table("shape"), run.table("order")
-    assert table is not None and order is not None
-    table["kl"] = table["kl"].copy()
-    table["kl"][table["node"] == 0] = math.inf
-    found = measures.shape(run)
-    assert found is not None
-    rows = (table["temperature"] == 1.0) & (table["node"] != 0)
-    at = found["temperatures"].index(1)
-    kl = found["measures"]["kl"]
-    want = [table["kl"][rows].mean(), *np.quantile(table["kl"][rows], [0.25, 0.75])]
-    assert [kl["mean"][at], kl["low"][at], kl["high"][at]] == pytest.approx(want, rel=FIVE_DIGITS)
-    every = table["temperature"] == 1.0
-    sizes = dict(zip(order["node"], order["valid"]))
-    shares = [d / sizes[node] for node, d in zip(table["node"][every], table["expected_distinct"][every])]
-    assert found["measures"]["expected_distinct"]["mean"][at] == pytest.approx(np.mean(shares), rel=FIVE_DIGITS)
-
-
-def test_the_details_of_a_prefix(toy: Path) -> None:
-    (run,) = read_runs([toy])
-    sample = sample_prefixes([run])
-    root = measures.prefix_details(run, sample.prefixes, 0)[0]
-    assert root is not None and root["valid"] is not None and root["top"] is not None
-    valid = root["valid"]
-    assert valid["total"] == 14 and set(NASTY) < set(valid["text"])
-    assert valid["greater"] == sorted(valid["greater"])
-    assert sum(valid["w"]) == pytest.approx(1, abs=1e-3)  # fourteen numbers of four digits
-    assert valid["mass"] == pytest.approx(sum(valid["p"]), rel=1e-3)
-    # A valid token is where the head of the ranking has it.
-    place = dict(zip(root["top"]["text"], root["top"]["position"]))
-    for text, greater, equal in zip(valid["text"], valid["greater"], valid["equal"]):
-        if text in place:
-            assert greater <= place[text] <= greater + equal
-            assert root["top"]["valid"][place[text]] == 1
-    assert sum(root["top"]["valid"]) == sum(text in place for text in valid["text"])
-
-
-def test_headlines(toy: Path) -> None:
-    (run,) = read_runs([toy])
-    found = {item["label"]: item["values"][0] for item in headlines([run])}
-    sequence, order = run.table("sequence"), run.table("order")
-    assert sequence is not None and order is not None
-    (plain,) = np.flatnonzero((sequence["rule"] == "none") & (sequence["temperature"] == 1.0))
-    assert found["Valid samples"]["value"] == f"{100 * sequence['validity'][plain]:.1f}%"
-    reliable = (sequence["validity"] >= 0.8) & (sequence["rule"] != "size_oracle")
-    best = int(np.flatnonzero(reliable)[sequence["diversity"][reliable].argmax()])
-    assert found["Most variety at 80% validity"]["value"] == f"{100 * sequence['diversity'][best]:.1f}%"
-    assert f"temperature {sequence['temperature'][best]:g}" in found["Most variety at 80% validity"]["sentence"]
-    assert found["Recall at precision 0.8"]["value"] == f"{100 * order['recall_at_precision'].mean():.1f}%"
-    share = f"{100 * order['r_precision'].mean():.1f}".removesuffix(".0")
-    assert found["Size oracle"]["value"] == share + "%"
-    assert found["Order-calibrated prefixes"]["sentence"].startswith(f"{order['order_calibrated'].sum()} of ")
-    assert found["Calibration error on text"]["value"] == "7%"
-
-
 # The page
 
 
@@ -302,8 +149,35 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     for folder, (model, task) in facts.items():
         write_facts(tmp_path / folder, RunFacts({"name": model}, {"name": task}))
     assert [run.label for run in read_runs(tmp_path / name for name in facts)] == ["m (a)", "m (b)", "n"]
+    # What all runs share is said in the title once, and not in every label.
+    assert [run.label for run in read_runs(tmp_path / name for name in "ab")] == ["a", "b"]
+    assert [run.label for run in read_runs([tmp_path / "a"])] == ["m"]
     write_facts(tmp_path / "b", RunFacts({"name": "m"}, {"name": "y"}))
     assert [run.label for run in read_runs(tmp_path / name for name in facts)] == ["m · x", "m · y", "n · x"]
+    assert [run.label for run in read_runs(tmp_path / name for name in "ab")] == ["x", "y"]
+    for folder in ("one/run", "two/run"):
+        write_facts(tmp_path / folder, RunFacts({"name": "m"}, {"name": "x"}))
+    assert [run.label for run in read_runs(tmp_path / name / "run" for name in ("one", "two"))] == [
+        "one/run",
+        "two/run",
+    ]
+
+
+def test_the_head_says_what_runs_differ_in(toy: Path, other: Path, tmp_path: Path) -> None:
+    assert "What the runs differ in" not in page_of(toy) + page_of(toy, other)
+    chat = copy_without(other, tmp_path / "chat")
+    facts = json.loads((chat / "run.json").read_text())
+    facts["task"] |= {"style": "chat", "end_token": "\n"}
+    facts["options"]["draws"] = 5
+    (chat / "run.json").write_text(json.dumps(facts))
+    found = differences(read_runs([other, chat]))
+    assert found is not None
+    assert found.rows == [
+        ["an answer ends with", "<end>", "⏎"],
+        ["the question is put as", "plain", "chat"],
+        ["draws", "–", "5"],
+    ]
+    assert "What the runs differ in" in page_of(other, chat)
 
 
 def test_prefixes_meet_in_their_text(tmp_path: Path) -> None:
@@ -380,19 +254,6 @@ def test_a_large_run_gives_a_small_page(tmp_path: Path) -> None:
     assert f"{data.MAX_PREFIXES} of 10,101 prefixes, those with the most answers at each depth" in html
     assert [sum(p["depth"] == d for p in payload["prefixes"]) for d in range(3)] == [1, 74, 75]
     assert payload["frontiers"][0][0]["prefixes"] == 10_101
-
-
-def test_many_valid_tokens_are_thinned_out(tmp_path: Path) -> None:
-    run = write_large_run(tmp_path, first=1000, second=1, valid=1)
-    root = measures.prefix_details(read_runs([run])[0], sample_prefixes(read_runs([run])).prefixes, 0)[0]
-    assert root is not None and root["valid"] is not None
-    valid = root["valid"]
-    assert valid["total"] == 1000
-    assert len(valid["greater"]) == len(valid["text"]) == data.MAX_VALID
-    every = sorted(read_runs([run])[0].table("valid")["n_greater"][:1000].tolist())  # type: ignore[index]
-    assert valid["greater"][: data.MAX_VALID // 2] == every[: data.MAX_VALID // 2]
-    assert valid["greater"][-1] == every[-1]
-    assert valid["mass"] > sum(valid["p"])  # of all, not of those shown
 
 
 # Files

@@ -5,7 +5,9 @@ Skipped where there is none. Debian: `apt-get install chromium`; or FASTCALIB_CH
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from .report_runs import NASTY, write_toy_run
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found (Debian: apt-get install chromium)")
 NAME = '<img src=x onerror="window.hacked=1"> & co'
-CHARTS = {"fig-val-div": 5, "fig-temperature": 2, "fig-frontier": 4, "fig-shape": 6, "fig-compounding": 4}
+CHARTS = {"fig-temperature": 2, "fig-frontier": 4, "fig-shape": 6, "fig-compounding": 4}
 
 
 def write_page(page: Path, *folders: Path) -> Path:
@@ -43,6 +45,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "one": write_page(folder / "one.html", one),
         "both": write_page(folder / "both.html", one, two),
+        # One model and one task, so that the names are those of the folders.
+        "three": write_page(folder / "three.html", *(write_toy_run(folder / name) for name in "abc")),
     }
 
 
@@ -61,7 +65,7 @@ def nothing_went_wrong(browser: Browser) -> Iterator[None]:
     browser.requests.clear()
     yield
     assert browser.errors == []
-    assert {url.split("/")[-1] for url in browser.requests} <= {"one.html", "both.html", "data:,"}
+    assert {url.split("/")[-1] for url in browser.requests} <= {"one.html", "both.html", "three.html", "data:,"}
 
 
 def payload(browser: Browser) -> dict[str, Any]:
@@ -94,7 +98,9 @@ def test_every_chart_is_drawn(browser: Browser, pages: dict[str, Path], name: st
     browser.open(pages[name])
     assert browser.evaluate("document.documentElement.dataset.ready") == "true"
     runs = 1 if name == "one" else 2
-    for figure, charts in {**CHARTS, "fig-rules": runs, "fig-reliability": runs, "fig-prefix": 1 + 2 * runs}.items():
+    families = 5 if runs == 1 else 2  # all families of one run, or one family of each run
+    of_runs = {"fig-val-div": families, "fig-rules": runs, "fig-reliability": runs, "fig-prefix": 1 + 2 * runs}
+    for figure, charts in (CHARTS | of_runs).items():
         assert browser.evaluate(f"document.querySelectorAll('#{figure} svg').length") == charts, figure
     # What is drawn has a place: no NaN has reached an attribute.
     assert (
@@ -297,6 +303,84 @@ def test_controls_change_what_is_drawn(browser: Browser, pages: dict[str, Path])
         len(after) == sum(len(table["rows"]) for table in found["rules"]) and before in after
     )  # no cutoff does not move
     assert "temperature 0.3" in browser.evaluate("document.querySelector('#fig-rules svg').getAttribute('aria-label')")
+
+
+def test_one_family_of_rules_can_be_looked_at(browser: Browser, pages: dict[str, Path]) -> None:
+    choose = "(([figure, label]) => { const s = document.querySelector(`#${figure} select[data-control=family]`);"
+    choose += "s.value = [...s.options].findIndex((o) => o.textContent === label);"
+    choose += "s.dispatchEvent(new Event('change')); })"
+    names = "[...document.querySelectorAll('#{} text.direct')].map((t) => t.textContent)"
+
+    browser.open(pages["one"])
+    found = payload(browser)
+    own = [entry for entry in found["sequence"][0] if entry["family"] == "top-k"]
+    browser.evaluate(f"{choose}({json.dumps(['fig-val-div', 'top-k'])})")
+    assert browser.evaluate("document.querySelectorAll('#fig-val-div svg').length") == 1
+    # Every rule has its number beside its line, the references their names; lines start with a hollow dot.
+    assert sorted(browser.evaluate(names.format("fig-val-div"))) == sorted(
+        [*(str(entry["parameter"]) for entry in own), "no cutoff", "size oracle"]
+    )
+    lines = browser.evaluate("document.querySelectorAll('#fig-val-div .line').length")
+    assert lines == len(own) + 2 == browser.evaluate("document.querySelectorAll('#fig-val-div .hollow').length")
+
+    browser.evaluate(f"{choose}({json.dumps(['fig-rules', 'top-k'])})")
+    shown = browser.evaluate(names.format("fig-rules"))
+    assert {entry["label"] for entry in own} <= set(shown) <= {"no cutoff", "size oracle"} | {e["label"] for e in own}
+    # The line that joins them goes through the places of their dots, in the order of their numbers.
+    path = browser.evaluate("[...document.querySelectorAll('#fig-rules .line')].pop().getAttribute('d')")
+    assert path.count("L") == len(own) - 1
+
+
+def test_logarithmic_axes(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["one"])
+    press = "[...document.querySelectorAll('#{} .segment label')].find((l) => l.textContent === 'logarithmic').click()"
+    places = "[...document.querySelectorAll('#{0} svg')].map((s) => [...s.querySelectorAll('{1}')].map((e) => {{"
+    places += "const b = e.getBoundingClientRect(); return [e.textContent, b.x + b.width / 2, b.y + b.height / 2]; }}))"
+    browser.evaluate(press.format("fig-rules"))
+    browser.frames()
+    (ticks,) = browser.evaluate(places.format("fig-rules", ".grid text[text-anchor=end]"))
+    y_of = {text: y for text, _, y in ticks}
+    (dots,) = browser.evaluate(places.format("fig-rules", ".dot"))
+    table = payload(browser)["rules"][0]
+    at = table["temperatures"].index(1)
+    decade = y_of["1%"] - y_of["10%"]
+    for row, (_, _, y) in zip(table["rows"], dots, strict=True):
+        want = y_of["10%"] - math.log10(10 * row["precision"][at]) * decade
+        assert y == pytest.approx(want, abs=2), row["label"]  # two pixels of 300
+    # An axis has five powers of ten, from a round number down, and what is too small for it has no place on it.
+    axis = browser.evaluate("Page.shareLog([0, null, 1e-9, 0.3])")
+    assert (axis["min"], axis["max"]) == (pytest.approx(5e-6), 0.5)
+    inside = "Parts.scaleOf({{log: true, min: 1e-3, max: 1}}, 0, 100).inside({})"
+    assert [browser.evaluate(inside.format(v)) for v in (1, 1e-3, 9e-4, 0, "null")] == [True, True, False, False, False]
+    browser.evaluate(press.format("fig-val-div"))
+    browser.frames()
+    outside = "[...document.querySelectorAll('#fig-val-div svg')].flatMap((s) => {"
+    outside += "const floor = [...s.querySelectorAll('.grid line.axis')].pop().getBoundingClientRect().bottom;"
+    outside += "return [...s.querySelectorAll('.dot')].map((d) => d.getBoundingClientRect().top - floor); })"
+    assert max(browser.evaluate(outside)) <= 0
+
+
+def test_names_at_the_ends_of_lines_do_not_meet(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["three"])
+    found = browser.evaluate(
+        "[...document.querySelectorAll('#fig-temperature svg, #fig-shape svg')].map((s) => [...s.querySelectorAll('"
+        "text.direct')].map((t) => { const b = t.getBoundingClientRect(); return [t.textContent, b.top, b.bottom]; }))"
+    )
+    assert len(found) == 8
+    for chart in found:
+        assert sorted(name for name, _, _ in chart) == ["a", "b", "c"]  # every run is named
+        boxes = sorted((top, bottom) for _, top, bottom in chart)
+        assert all(a[1] <= b[0] + 2 for a, b in itertools.pairwise(boxes))  # line boxes have a pixel or two of air
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0%"), (3.8e-5, "0.0038%"), (1e-10, "1e-8%"), (0.0123, "1.2%"), (0.12345, "12.3%"), (0.9999, "> 99.9%")],
+)
+def test_small_shares_are_written_out(browser: Browser, pages: dict[str, Path], share: float, text: str) -> None:
+    if not browser.evaluate("typeof Chart === 'object'"):
+        browser.open(pages["one"])
+    assert browser.evaluate(f"Chart.percent({share})") == text
 
 
 def test_runs_can_be_switched_off_but_not_all(browser: Browser, pages: dict[str, Path]) -> None:

@@ -12,20 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 pytest.importorskip("pyarrow")
 
-from fastcalib import cli
 from fastcalib.calibration import FullCalibrationState
 from fastcalib.decoding import KeepAll, MinP, SizeOracle, TopK, TopP
 from fastcalib.errors import UserError
 from fastcalib.runner import model as runner_model
 from fastcalib.runner.diagnose import run_diagnose
 from fastcalib.runner.model import LanguageModel, load, locate
-from fastcalib.runner.options import DiagnoseOptions, read_rules, read_temperatures
+from fastcalib.runner.options import DiagnoseOptions
 from fastcalib.runner.score import ScoreOptions, run_score
 from fastcalib.runner.tables import SCHEMAS, read_facts, read_table
 from fastcalib.runner.tasks import Task, build_trie
@@ -56,7 +54,10 @@ def finished(folder: Path, tmp_path_factory) -> DiagnoseOptions:
     options = DiagnoseOptions(
         out=out, model=str(folder), temperatures=TEMPERATURES, rules=RULES, batch=3, top=10, fit_ranks=50
     )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests: the bits of the model's own products depend on it
     run(options)
+    torch.set_num_threads(threads)
     return options
 
 
@@ -326,13 +327,13 @@ def test_score_holds_the_numbers_of_a_plain_computation_and_shares_a_folder(fold
 
 def test_score_goes_on_after_an_interruption(scoring):
     whole = run_score(dataclasses.replace(scoring, out=scoring.out / "whole"), Console(quiet=True))
-    loader = Stopping(7)
+    loader = Stopping(4)
     with pytest.raises(KeyboardInterrupt):
         run_score(scoring, Console(quiet=True), load_model=loader)
     assert not (scoring.out / "run.json").exists()
     second = Stopping()
     assert run_score(scoring, Console(quiet=True), load_model=second).calibration == whole.calibration
-    assert second.forwards == 6 + 10 - 7  # three batches of each half, then a window at a time
+    assert second.forwards == 3 + 3 - 4  # three batches of each half, each read once
 
 
 def test_score_refuses_the_folder_of_another_model(scoring, options, tmp_path):
@@ -340,95 +341,6 @@ def test_score_refuses_the_folder_of_another_model(scoring, options, tmp_path):
     other = save_tiny_model(tmp_path / "other")
     with pytest.raises(UserError, match=r"holds a run of .*, not of other: take another folder"):
         run_score(dataclasses.replace(scoring, model=str(other)), Console(quiet=True))
-
-
-# what people get wrong
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"style": "poem"}, "--style poem: use plain or chat"),
-        ({"order": "last"}, "--order last"),
-        ({"batch": 0}, "--batch must be at least 1"),
-        ({"max_prefixes": 0}, "--max-prefixes must be at least 1"),
-        ({"precision": 80.0}, r"--precision must lie in \(0, 1\], got 80"),
-        ({"device": "gpu"}, "--device gpu: use auto, cpu"),
-        ({"dtype": "int8"}, "--dtype int8: use one of auto"),
-        ({"model": "./nowhere.gguf"}, r"expected a \.gguf file"),
-    ],
-)
-def test_mistakes_are_one_sentence(options, changes, words):
-    with pytest.raises(UserError, match=words):
-        run(dataclasses.replace(options, **changes))
-
-
-def test_temperatures_and_rules_as_typed():
-    assert read_temperatures("0.5 1, 2") == (0.5, 1.0, 2.0) and read_rules("none,top_k=5") == (KeepAll(), TopK(5))
-    assert len(read_temperatures(None)) == 12 and len({str(r) for r in read_rules(None)}) == len(read_rules(None)) >= 17
-    for text in ("1,1", "inf", "x", ""):
-        with pytest.raises(UserError, match="--temperatures "):
-            read_temperatures(text)
-    for text in ("top_q=1", "none none", " "):
-        with pytest.raises(UserError, match="--rules"):
-            read_rules(text)
-
-
-def test_an_id_of_the_hub_without_a_network(monkeypatch, options):
-    import transformers
-
-    source = locate("someone/some-model")
-    assert source.hub_id == source.name == "someone/some-model" and source.identity == [["hub", "someone/some-model"]]
-
-    def offline(*args: object, **kwargs: object) -> None:
-        assert args[0] == "someone/some-model" and "local_files_only" not in kwargs
-        raise OSError("We couldn't connect to 'https://huggingface.co'\nand so on")
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(
-        UserError, match=r"hub did not give it \(offline, or no such model\?\): We couldn't connect"
-    ) as info:
-        run(dataclasses.replace(options, model="someone/some-model"))
-    assert "\n" not in str(info.value)
-
-
-def test_models_on_disk_never_ask_the_network(monkeypatch, folder):
-    import transformers
-
-    seen = []
-    original = transformers.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: (seen.append(k), original(*a, **k))[1]
-    )
-    model = load(locate(folder), dtype="bfloat16")
-    assert seen == [{"local_files_only": True}] and model.network.dtype == torch.bfloat16
-    assert runner_model.model_facts(locate(folder), model)["device"] == "cpu"
-    if not torch.cuda.is_available():
-        assert runner_model.pick_device("auto") == "cpu"
-        with pytest.raises(UserError, match="torch sees no CUDA device"):
-            load(locate(folder), "cuda")
-
-
-def test_command_line(options, folder, tmp_path):
-    (tmp_path / "answers.json").write_text(json.dumps({"prompt": "Say:", "answers": ["red", "green"]}))
-    arguments = [
-        "diagnose", "--model", str(folder), "--task", str(tmp_path / "answers.json"), "--out", str(options.out),
-        "--temperatures", "1", "--rules", "none,top_p=0.9", "--end-token", "\\n",
-    ]  # fmt: skip
-    done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
-    assert done.exit_code == 0, done.output
-    assert "2 answers" in done.output and "top_p=0.9" in done.output and (options.out / "run.json").is_file()
-    assert tables(options.out)["trie"][-1]["text"] == "\n"
-    for bad, words in (
-        (["--task", "nope"], "neither a file nor one of us-states, digits, digits-sum"),
-        (["--temperatures", "-1"], "positive numbers are needed"),
-        (["--rules", "top_p=2"], "--rules"),
-    ):
-        failed = CliRunner().invoke(cli.app, [*arguments, *bad])
-        assert failed.exit_code == 1 and words in failed.output and isinstance(failed.exception, SystemExit)
-        assert len(failed.output.strip().splitlines()) == 1
-    failed = CliRunner().invoke(cli.app, ["score", "--text", "nothing.txt", "--out", str(tmp_path / "s")])
-    assert failed.exit_code == 1 and "there is no such file" in failed.output
 
 
 @pytest.mark.slow
@@ -449,14 +361,11 @@ def test_the_bundled_model_on_the_states(tmp_path):
     root = found["order"][0]
     assert root["valid"] > 30 and root["auroc"] > 0.99
     sequences = {(row["rule"], row["temperature"]): row for row in found["sequence"]}
-    # A model that names states names other things when it is heated; dropping tokens makes answers likelier.
+    # Heated, a model that names states names other things; cold, its likeliest first token, which is no state's.
+    # Dropping tokens makes answers likelier.
     plain = [sequences["none", t]["validity"] for t in (0.6, 1.0, 2.0)]
-    assert plain[2] < min(plain[:2]) and min(plain) > 0 and max(plain) < 1
-    assert (
-        sequences["top_p=0.5", 1.0]["recall"]
-        <= sequences["top_p=0.9", 1.0]["recall"]
-        <= sequences["none", 1.0]["recall"]
-        == 1
-    )
+    assert plain[1] > max(plain[0], plain[2]) and min(plain) > 0 and max(plain) < 1
+    few, more, every = (sequences[rule, 1.0]["recall"] for rule in ("top_p=0.5", "top_p=0.9", "none"))
+    assert few <= more <= every == pytest.approx(1, abs=1e-12)  # shares of answers, added in float64
     for row in found["cutoffs"]:
         assert 0 < row["kept_mass"] <= 1 + 1e-6 and (row["rule"] != "none" or row["kept_mass"] > 1 - 1e-5)

@@ -62,6 +62,11 @@ def test_files_of_answers(tmp_path):
     assert file_task(tmp_path / "a.json") == Task("a.json", "Colour:", ("red", "green"), (2.0, 1.0))
     assert file_task(tmp_path / "a.json", "Other:").prompt == "Other:"
     assert file_task(tmp_path / "a.parquet") == Task("a.parquet", "Colour:", ("red", "green"))
+    # What Windows writes: a mark of the encoding, other line ends, capitals.
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfred\r\ngreen\r\n")
+    (tmp_path / "b.JSON").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.json").read_bytes())
+    assert file_task(tmp_path / "b.txt", "Colour:").answers == ("red", "green")
+    assert file_task(tmp_path / "b.JSON") == Task("b.JSON", "Colour:", ("red", "green"), (2.0, 1.0))
 
 
 def write(path, content):
@@ -78,6 +83,8 @@ def write(path, content):
         ("a.json", {"prompt": "x", "answers": ["a", 3]}, "answer 1 must be text, got 3"),
         ("a.json", {"prompt": "x", "answers": []}, "holds no answer"),
         ("a.json", {"prompt": "x", "answers": ["a"], "weights": [0]}, "one positive number for each of 1"),
+        ("a.json", {"prompt": "x", "answers": ["a", "b"], "weights": [1, True]}, "one positive number for each of 2"),
+        ("a.json", {"prompt": "x", "answers": ["a"], "weights": [float("inf")]}, "one positive number for each of 1"),
         ("a.json", b"{", "cannot be read"),
         ("a.txt", b"caf\xe9", "cannot be read"),
         ("a.parquet", b"PAR", "cannot be read as Parquet"),
@@ -90,9 +97,11 @@ def test_files_that_are_no_task(tmp_path, name, content, words):
 
 def test_more_mistakes(tmp_path):
     pq.write_table(pa.table({"answer": ["a", "b"], "prompt": ["x", "y"]}), tmp_path / "two.parquet")
+    pq.write_table(pa.table({"answer": ["a", "b"], "prompt": ["x", None]}), tmp_path / "some.parquet")
     pq.write_table(pa.table({"reply": ["a"]}), tmp_path / "none.parquet")
     for call, words in (
         (lambda: file_task(tmp_path / "two.parquet"), "has 2 different ones"),
+        (lambda: file_task(tmp_path / "some.parquet"), "has 2 different ones"),
         (lambda: file_task(tmp_path / "none.parquet"), 'needs a column "answer", has reply'),
         (lambda: file_task(tmp_path / "nothing.txt"), "there is no such file, and the tasks are us-states, digits"),
         (lambda: digits_task(0), "--digits 0"),
@@ -141,6 +150,9 @@ def test_a_tokenizer_without_a_template_or_an_end(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
+        build_trie(bare, COLOURS, style="chat")
+    bare.chat_template = "{{ raise_exception('system first') }}"
+    with pytest.raises(UserError, match=r"the tokenizer's template fails \(system first\)"):
         build_trie(bare, COLOURS, style="chat")
     bare.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):

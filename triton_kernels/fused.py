@@ -249,7 +249,7 @@ def _rows(
                 strange = ~((tl.abs(of_lanes) <= -LOWEST) & (of_squares <= -LOWEST)) & (n > 0)
                 careful = _placed(careful, strange.to(tl.float32), part, PARTS, GROUPS)
 
-        if SMOOTHING:
+        if SMOOTHING:  # noqa: SIM102 (known at compile time: without it the rest is not there)
             if tl.max(careful, 0) > 0:
                 for part in tl.range(0, PARTS):
                     own = tl.arange(0, PARTS) == part

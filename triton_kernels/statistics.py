@@ -191,10 +191,12 @@ def _segments(
 
 
 @triton.jit(do_not_specialize=["inner", "outer_stride", "inner_stride", "vocab", "temperature_stride", "k_count",
-                               "per_row", "ignore_index", "segments", "n_rows"])  # fmt: skip
+                               "per_row", "ignore_index", "segments", "segment", "n_rows"])  # fmt: skip
 def _finish(
     x, inner, outer_stride, inner_stride, vocab, temperature, temperature_stride, k_count,
     ids, per_row, offsets, ignore_index, reals, integers, sums, counts, masses, segments,  # as in _segments
+    segment,  # columns of each
+    picked,  # float32 (nnz,): logits of the selected tokens where x is None; integers then tell columns, not vectors
     rows,  # float32 (6, N, K): ROW_FIELDS of fastcalib/ops/_statistics.py
     scalars,  # float32 (2, N): sum_logits, std_logits
     log_prob,  # float32 (nnz, K)
@@ -203,7 +205,7 @@ def _finish(
     mass_greater,  # float32 (nnz, K) or None
     saved,  # float32 (N, 3 + 2 K): max, mean - max, finite logits, then log s0 and E[z] - max of each temperature
     n_rows,
-    RANKED: tl.constexpr, SEGMENT: tl.constexpr, VECTOR: tl.constexpr,
+    RANKED: tl.constexpr, VECTOR: tl.constexpr,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,  # tiles of segments and of temperatures
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -261,9 +263,10 @@ def _finish(
         # Lowest column of the maximum: the first segment that has it, its first vector, and the place within that.
         holder = tl.min(tl.where(tops == highest, part, PARTS - 1), 0)
         vector = tl.load(integers + (first_part + holder) * 3)
-        base = row_of(x, row, inner, outer_stride, inner_stride)
-        column = holder * SEGMENT + tl.where(dead, 0, vector) * VECTOR
-        column += first_equal(base + column, vocab - column, highest, VECTOR)
+        column = holder * segment + tl.where(dead, 0, vector) * VECTOR
+        if x is not None:
+            base = row_of(x, row, inner, outer_stride, inner_stride)
+            column += first_equal(base + column, vocab - column, highest, VECTOR)
         tl.store(argmax + row, tl.where(dead, -1, column).to(tl.int64))
         out = saved + row * width
         tl.store(out, tl.where(dead, nan, highest))
@@ -308,7 +311,8 @@ def _finish(
                     j = first + tokens
                     id = tl.load(ids + j, mask=j < end, other=ignore_index)
                     good = (id >= 0) & (id < vocab) & (id != ignore_index)
-                    z = tl.load(base + id, mask=good, other=float("nan")).to(tl.float64)
+                    place = picked + j if x is None else base + id
+                    z = tl.load(place, mask=good, other=float("nan")).to(tl.float64)
                     value = b[None, :] * (z - safe)[:, None] - log_s0[None, :]
                     value = tl.where(dead, nan, value)
                     value = tl.where((id == ignore_index)[:, None], 0.0, value)  # a bad id reads nothing and is NaN
@@ -387,9 +391,9 @@ def forward(
         **{**cut.constants(), **(launch.registers(cut.warps, 168) if ranked else {})},
     )  # fmt: skip
     _finish[(n_rows,)](
-        *common, reals, integers, sums, counts, masses, segments, rows, scalars, log_prob, argmax,
+        *common, reals, integers, sums, counts, masses, segments, cut.segment, None, rows, scalars, log_prob, argmax,
         n_greater if ranked else None, n_equal if ranked else None, mass_greater if ranked else None, saved, n_rows,
-        RANKED=ranked, SEGMENT=cut.segment, VECTOR=cut.vector, PARTS=launch.next_power_of_two(segments),
+        RANKED=ranked, VECTOR=cut.vector, PARTS=launch.next_power_of_two(segments),
         COLUMNS=min(launch.next_power_of_two(k), 16), num_warps=1, **launch.EXACT,
     )  # fmt: skip
 

@@ -208,7 +208,7 @@ def _loss(problem: Problem, name: str, backward: bool) -> Job:
 
 
 def _linear_statistics(problem: Problem) -> Job:
-    layer, rows = linear.Layer(problem.n, problem.v, 4 * problem.n, problem.dtype), problem.checked_rows
+    layer, rows = linear.layer_of(problem), problem.checked_rows
     factories: dict[str, Callable[[], Call]] = {
         "fastcalib": partial(linear.statistics, layer),
         "eager": partial(linear.eager_statistics, layer),
@@ -218,12 +218,14 @@ def _linear_statistics(problem: Problem) -> Job:
 
 
 def _linear_loss(problem: Problem) -> Job:
-    layer, rows = linear.Layer(problem.n, problem.v, 4 * problem.n, problem.dtype), problem.checked_rows
+    layer, rows = linear.layer_of(problem), problem.checked_rows
     factories: dict[str, Callable[[], Call]] = {
         "fastcalib": partial(linear.nll, layer),
         "eager": partial(linear.eager_nll, layer),
         "torch.compile": partial(linear.compiled_nll, layer, compiled),
         "torch linear_cross_entropy": partial(linear.torch_nll, layer),
+        "liger-kernel": partial(linear.peer_nll, layer, peers.liger),
+        "cut-cross-entropy": partial(linear.peer_nll, layer, peers.cut_cross_entropy),
     }
     return Job(factories, lambda: {"grad": layer.gradient64(rows)})
 
@@ -288,11 +290,12 @@ def all_cases(shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
             if (n, v) == shapes[0]:
                 formula = f"1 N V {b} B"
                 yield case("order, cutoffs and shape", "fwd", formula, 1, _diagnostics, "diagnostics")
-            if (n, v) == shapes[0]:  # hidden states of D = 4 N; the weight is D V
-                formula = f"4 N V {b} B (1 read of the weight)"
-                yield case("linear statistics", "fwd", formula, 4, _linear_statistics, "linear")
-                formula = f"12 N V {b} B (2 reads of the weight, 1 write)"
-                yield case("linear nll", "fwd+bwd", formula, 12, _linear_loss, "linear")
+            if (n, v) == shapes[0]:  # the weight is D V, D a multiple of N
+                reads = linear.depth(n) // n
+                formula = f"{reads} N V {b} B (1 read of the weight)"
+                yield case("linear statistics", "fwd", formula, reads, _linear_statistics, "linear")
+                formula = f"{3 * reads} N V {b} B (2 reads of the weight, 1 write)"
+                yield case("linear nll", "fwd+bwd", formula, 3 * reads, _linear_loss, "linear")
 
 
 # What --quick runs: op, dtype, direction, at the first shape.

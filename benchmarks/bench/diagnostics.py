@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ VALID = 20  # valid tokens of each prefix
 TEMPERATURES = (0.01, 0.3, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 TOP_K, TOP_P, MIN_P = (10, 20, 50, 80, 100, 500), (0.1, 0.5, 0.7, 0.9, 0.95), (0.01, 0.1, 0.5, 0.9)
 # The paper's grid, in the order of paper_rules(): plain sampling comes first, the size oracle last.
+RULES = 1 + len(TOP_K) + len(TOP_P) + len(MIN_P) + 1
 
 
 def valid_tokens(logits: Tensor, seed: int = 0) -> Tensor:
@@ -37,29 +39,40 @@ def valid_tokens(logits: Tensor, seed: int = 0) -> Tensor:
     return torch.stack(sets)
 
 
-def ours(logits: Tensor, ids: Tensor) -> Call:
-    """``diagnostics.order``, ``decoding.cutoffs`` over the paper's grid and ``diagnostics.shape``."""
-    from importlib import import_module
+ORDER = ("area", "average_precision", "auroc", "r_precision", "recall_at_precision")
+CUTOFFS = ("kept", "kept_mass", "kept_valid", "valid_mass", "precision", "recall")
+SHAPE = ("kl", "kl_valid", "evenness", "entropy", "expected_distinct")
 
+
+def _named(order: Any, cutoffs: Any, shape: Any) -> Outputs:
+    parts = ((order, ORDER), (cutoffs, CUTOFFS), (shape, SHAPE))
+    return {name: getattr(part, name) for part, names in parts for name in names}
+
+
+def raw(logits: Tensor, ids: Tensor, *, at_once: bool = True) -> Callable[[], tuple[Any, Any, Any]]:
+    """``diagnostics.diagnose``, or ``order``, ``cutoffs`` over the paper's grid and ``shape`` one after another."""
     library = _library()
     diagnostics, decoding = import_module("fastcalib.diagnostics"), import_module("fastcalib.decoding")
-    order, shape = _attribute(diagnostics, "order"), _attribute(diagnostics, "shape")
-    cutoffs = _attribute(decoding, "cutoffs")
-    rules, temperatures = decoding.paper_rules(), list(TEMPERATURES)
+    rules, temperatures = _attribute(decoding, "paper_rules")(), list(TEMPERATURES)
     sets = library.ValidSets(ids.reshape(-1), torch.arange(len(ids) + 1) * ids.shape[1])
+    diagnose, order = _attribute(diagnostics, "diagnose"), _attribute(diagnostics, "order")
+    cutoffs, shape = _attribute(decoding, "cutoffs"), _attribute(diagnostics, "shape")
 
-    def call() -> Outputs:
-        o = order(logits, sets)
-        c = cutoffs(logits, rules, temperatures, sets=sets)
-        s = shape(logits, sets, temperature=temperatures)
-        named = ("area", "average_precision", "auroc", "r_precision", "recall_at_precision")
-        of_order = {n: getattr(o, n) for n in named}
-        named = ("kept", "kept_mass", "kept_valid", "valid_mass", "precision", "recall")
-        of_cutoffs = {n: getattr(c, n) for n in named}
-        of_shape = {n: getattr(s, n) for n in ("kl", "kl_valid", "evenness", "entropy", "expected_distinct")}
-        return of_order | of_cutoffs | of_shape
+    def once() -> tuple[Any, Any, Any]:
+        found = diagnose(logits, sets, rules, temperatures)
+        return found.order, found.cutoffs, found.shape
 
-    return call
+    def thrice() -> tuple[Any, Any, Any]:
+        kept = cutoffs(logits, rules, temperatures, sets=sets)
+        return order(logits, sets), kept, shape(logits, sets, temperature=temperatures)
+
+    return once if at_once else thrice
+
+
+def ours(logits: Tensor, ids: Tensor, *, at_once: bool = True) -> Call:
+    """The numbers of :func:`raw` that the competitors have too."""
+    call = raw(logits, ids, at_once=at_once)
+    return lambda: _named(*call())
 
 
 def plain(logits: Tensor, ids: Tensor) -> Outputs:
@@ -70,7 +83,7 @@ def plain(logits: Tensor, ids: Tensor) -> Outputs:
     low_first = -s
     valid = z.gather(1, ids).sort(-1, descending=True).values
     above = torch.searchsorted(low_first, -valid)
-    out = _order(above, m, v)
+    out = order_of(above, m, v)
     log_p = _log_softmax(valid, z)
     columns = []
     for k, t in enumerate(TEMPERATURES):
@@ -89,7 +102,7 @@ def plain(logits: Tensor, ids: Tensor) -> Outputs:
         columns.append({
             "kept": n, "kept_mass": mass.gather(1, n - 1), "kept_valid": of_valid,
             "valid_mass": (keeps * q[:, :, None]).sum(1), "precision": of_valid / n, "recall": of_valid / m,
-            "entropy": -torch.special.xlogy(p, p).sum(-1), **_shape(log_p[k], m),
+            "entropy": -torch.special.xlogy(p, p).sum(-1), **shape_of(log_p[k], m),
         })  # fmt: skip
     return out | {name: torch.stack([c[name] for c in columns], 1) for name in columns[0]}
 
@@ -98,7 +111,7 @@ def _log_softmax(valid: Tensor, z: Tensor) -> list[Tensor]:
     return [valid / t - torch.logsumexp(z / t, -1, keepdim=True) for t in TEMPERATURES]
 
 
-def _order(above: Tensor, m: int, v: int) -> Outputs:
+def order_of(above: Tensor, m: int, v: int) -> Outputs:
     i = torch.arange(1, m + 1)
     precision = i / (above + 1).double()
     best = precision.flip(1).cummax(1).values.flip(1)
@@ -109,7 +122,7 @@ def _order(above: Tensor, m: int, v: int) -> Outputs:
     }  # fmt: skip
 
 
-def _shape(log_p: Tensor, m: int) -> Outputs:
+def shape_of(log_p: Tensor, m: int) -> Outputs:
     log_mass = torch.logsumexp(log_p, -1)
     log_q = log_p - log_mass[:, None]
     kl_valid = -math.log(m) - log_q.mean(-1)
@@ -125,6 +138,7 @@ def competitors(logits: Tensor) -> tuple[dict[str, Callable[[], Call]], Callable
     ids = valid_tokens(logits)
     factories: dict[str, Callable[[], Call]] = {
         "fastcalib": partial(ours, logits, ids),
+        "fastcalib, three calls": partial(ours, logits, ids, at_once=False),
         "eager": lambda: partial(plain, logits, ids),
     }
     return factories, lambda rows: plain(logits[:rows].double(), ids[:rows])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plain
+from . import linear, plain
 from .cases import Call, Case, compiled
 from .peers import Peer, _version
 from .problem import Outputs, Problem
@@ -112,6 +112,20 @@ def _trl(problem: Problem, backward: bool) -> Prepared:
     return Prepared(call)
 
 
+def _linear(problem: Problem, chunks: bool) -> Prepared:
+    """What a layer's statistics are to be held against: by chunks of logits, and the product alone."""
+    layer = linear.layer_of(problem)
+    if chunks:
+        return Prepared(linear.statistics_in_chunks(layer))
+    product = linear.products(layer)["matmul"]
+
+    def call() -> Outputs:
+        product()
+        return {}
+
+    return Prepared(call)
+
+
 def factories(case: Case, problem: Problem) -> dict[str, Factory]:
     """What can be set beside the competitors that a case has on every device."""
     backward = case.direction == "fwd+bwd"
@@ -125,6 +139,11 @@ def factories(case: Case, problem: Problem) -> dict[str, Factory]:
         return {
             "liger-kernel": partial(_softmax, liger_softmax, problem, backward),
             "quack": partial(_softmax, quack_softmax, problem, backward),
+        }
+    if case.op == "linear statistics":
+        return {
+            "fastcalib in chunks": partial(_linear, problem, True),
+            "matmul alone": partial(_linear, problem, False),
         }
     if case.op == "statistics K=1":
         return {"trl kernel": partial(_trl, problem, backward)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from . import plain
 from .ours import Call, _attribute, _library
-from .problem import Outputs
+from .peers import LinearLoss
+from .problem import Outputs, Problem
 
 ROWS = 64  # of a chunk of the compiled competitors: 16 MB of bfloat16 logits at V = 128,256
 COLUMNS = 8192  # of the weight widened to float64 at a time
@@ -20,12 +23,15 @@ COLUMNS = 8192  # of the weight widened to float64 at a time
 class Layer:
     """hidden (N, D), weight (V, D) and target (N,); logits of standard deviation about 2."""
 
-    def __init__(self, n: int, v: int, d: int, dtype: torch.dtype, seed: int = 0) -> None:
-        g = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, n: int, v: int, d: int, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        g = torch.Generator(device).manual_seed(seed)
         self.n, self.v = n, v
-        self.hidden = torch.empty(n, d).normal_(generator=g).to(dtype).requires_grad_()
-        self.weight = torch.empty(v, d).normal_(0.0, 2 * d**-0.5, generator=g).to(dtype).requires_grad_()
-        self.target = torch.randint(v, (n,), generator=g)
+        hidden, weight = torch.empty(n, d, device=device), torch.empty(v, d, device=device)
+        self.hidden = hidden.normal_(generator=g).to(dtype).requires_grad_()
+        self.weight = weight.normal_(0.0, 2 * d**-0.5, generator=g).to(dtype).requires_grad_()
+        self.target = torch.randint(v, (n,), generator=g, device=device)
 
     def logits64(self, rows: int) -> Tensor:
         """Of the leading rows, in float64."""
@@ -35,9 +41,18 @@ class Layer:
     def gradient64(self, rows: int) -> Tensor:
         """Gradient of the mean NLL to the leading rows of hidden, in float64."""
         g = self.logits64(rows).softmax(-1)
-        g[torch.arange(rows), self.target[:rows]] -= 1
+        g[torch.arange(rows, device=g.device), self.target[:rows]] -= 1
         parts = zip(g.split(COLUMNS, 1), self.weight.split(COLUMNS))
         return sum((a @ w.detach().double() for a, w in parts), torch.zeros(())) / self.n
+
+
+def depth(n: int) -> int:
+    """D of the rows' layer, a multiple of their number: 1,024 for the CPU's 256 rows, 4,096 for a GPU's 4,096."""
+    return n * max(1, min(4, 4096 // n))
+
+
+def layer_of(problem: Problem) -> Layer:
+    return Layer(problem.n, problem.v, depth(problem.n), problem.dtype, device=problem.device)
 
 
 def products(layer: Layer) -> dict[str, Callable[[], Any]]:
@@ -67,6 +82,17 @@ def statistics(layer: Layer) -> Call:
         return {name: value for name, value in s._asdict().items() if value is not None}
 
     return call
+
+
+def statistics_in_chunks(layer: Layer) -> Call:
+    """The same by the library's product and our kernels on chunks of logits, on a GPU that would make them in tiles."""
+    chunks, call = importlib.import_module("fastcalib.ops._linear_chunks"), statistics(layer)
+
+    def run() -> Outputs:
+        with mock.patch.object(chunks, "in_tiles", return_value=False):
+            return call()
+
+    return run
 
 
 def with_gradient(layer: Layer, loss: Callable[[], Tensor]) -> Call:
@@ -133,6 +159,12 @@ def compiled_nll(layer: Layer, compiled: Callable[..., Any]) -> Call:
         return {"loss": torch.as_tensor(total), "grad": torch.cat(to_hidden)}
 
     return call
+
+
+def peer_nll(layer: Layer, make: Callable[[], LinearLoss]) -> Call:
+    """Someone else's, from :mod:`.peers`."""
+    loss = make()
+    return with_gradient(layer, lambda: loss(layer.hidden, layer.weight, layer.target))
 
 
 def torch_nll(layer: Layer) -> Call:

@@ -30,11 +30,15 @@ def survey() -> list[Peer]:
         Peer("torch", torch.__version__, "eager and torch.compile: the baselines of every row"),
         Peer("torchmetrics", _version("torchmetrics"), "its perplexity, beside nll (forward)"),
         Peer("trl", _version("trl"), f"selective_log_softmax and entropy_from_logits, {how}"),
-        Peer("liger-kernel", _version("liger-kernel"), "not comparable here: its kernels are Triton, no CPU path"),
+        Peer(
+            "liger-kernel",
+            _version("liger-kernel"),
+            "its chunked loss beside linear nll; its kernels are Triton, without a CPU path",
+        ),
         Peer(
             "cut-cross-entropy",
             _version("cut-cross-entropy"),
-            "not comparable here: its kernels are Triton, no CPU path (figures 17 and 18 have torch's own instead)",
+            "its torch_compile implementation beside linear nll; its kernels are Triton, without a CPU path",
         ),
     ]
 
@@ -90,3 +94,42 @@ def torchmetrics_perplexity(logits: Tensor, target: Tensor) -> Callable[[], Outp
     from torchmetrics.functional.text import perplexity
 
     return lambda: {"loss": perplexity(logits[None], target[None]).log()}
+
+
+# Mean NLL of a linear layer: (hidden (N, D), weight (V, D), target (N,)) -> loss.
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cut_cross_entropy() -> LinearLoss:
+    """cut-cross-entropy's second implementation: the layer and the loss compiled as one, logits held.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, target: linear_cross_entropy(hidden, weight, target, impl="torch_compile")
+
+
+def liger() -> LinearLoss:
+    """liger-kernel's policy gradient, which goes through the vocabulary in chunks of plain PyTorch and holds no logits.
+
+    Without a reference model and with all advantages 1, CISPO's loss is the NLL: its importance ratio is 1, and is
+    clipped at ``epsilon_high``.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    # compiled=True would compile the arithmetic on N numbers alone, and anew at each call.
+    policy = LigerFusedLinearGRPOLoss(
+        beta=0.0, loss_type="cispo", use_ref_model=False, epsilon_high=1.0, compiled=False
+    )
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        one, all_tokens = torch.ones(1), torch.ones(1, target.numel())
+        value: Tensor = policy(hidden[None], weight, target[None], all_tokens, one)[0]
+        return value
+
+    return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import gpu_report
+from . import gpu_report, scale
 from .targets import format_table
 
 Row = dict[str, Any]
@@ -15,6 +15,7 @@ TITLES = {
     "dense": "Dense softmax",
     "pr": "Precision-recall divergence",
     "losses": "Losses",
+    "diagnostics": "Order, cutoffs and shape",
     "linear": "Linear layer",
 }
 
@@ -185,6 +186,8 @@ def markdown(document: dict[str, Any]) -> str:
                 lines += [f"## {title}: {words}", "", _markdown_head(rows), *map(_markdown_line, rows), ""]
     if document["targets"]:
         lines += ["## Figures to reach", "", "```", format_table(document["targets"]["table"]), "```", ""]
+    if document.get("scale"):
+        lines += ["## Many prefixes", "", *scale.table(document["scale"]), ""]
     if document["scaling"]:
         lines += ["## Scaling", "", "```", format_scaling(document["scaling"]), "```", ""]
     if document["overhead"]:

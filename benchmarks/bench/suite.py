@@ -18,6 +18,7 @@ from .problem import Problem, max_error
 
 SCHEMA = 1
 READ = "read"
+COMPILING = ("torch.compile", "cut-cross-entropy")  # how the names of those begin that --no-compile leaves out
 
 
 @dataclass
@@ -68,7 +69,7 @@ def run_case(case: Case, problem: Problem, settings: Settings, ceilings: Ceiling
     """One row of results as plain JSON values; :func:`validate` says what is in it."""
     torch._dynamo.reset()
     job = case.build(problem)
-    factories = {k: f for k, f in job.factories.items() if settings.compile or not k.startswith("torch.compile")}
+    factories = {k: f for k, f in job.factories.items() if settings.compile or not k.startswith(COMPILING)}
     calls, missing = prepare(factories)
     missing |= {k: "left out by --no-compile" for k in job.factories if k not in factories}
     variants = [Variant(name, call) for name, call in calls.items()]

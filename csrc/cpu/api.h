@@ -113,6 +113,10 @@ struct CutoffsArgs {
     int64_t* kept_valid = nullptr;
     void* valid_mass = nullptr;
     double *kept_counts = nullptr, *total_counts = nullptr;  // (N, K, R), (N,)
+    bool tokens = false;       // so is what follows; needs `valid`
+    int64_t *n_greater = nullptr, *n_equal = nullptr;  // (nnz,); -1 above a token next to a NaN
+    double* below = nullptr;                           // (nnz,): logit less the row's maximum
+    double *log_norm = nullptr, *entropy = nullptr;    // (N, K): of e^(b (z - max)), and of the softmax
     int threads = 1;
 };
 

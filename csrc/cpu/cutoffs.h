@@ -5,6 +5,7 @@
 #include "api.h"
 #include "grouped.h"
 #include "selection.h"
+#include "valid_tokens.h"
 
 namespace fastcalib::FASTCALIB_ISA {
 
@@ -27,14 +28,18 @@ template <class Real> void sum_masses(const GroupedRow<Real>& row, double beta, 
         const double *m0 = row.moments[0].data(), *m1 = row.moments[1].data(), *m2 = row.moments[2].data(),
                      *m3 = row.moments[3].data(), *m4 = row.moments[4].data();
         const int64_t narrow = row.narrow;
-#pragma omp simd
-        for (int64_t i = 0; i < narrow; ++i) above[i] = exp_double(beta * c[i]) * series(beta, m0[i], m1[i], m2[i], m3[i], m4[i]);
         if (entropy) {
 #pragma omp simd reduction(+ : first)
             for (int64_t i = 0; i < narrow; ++i) {
                 const double slope = m1[i] + beta * (m2[i] + beta * (1.0 / 2) * (m3[i] + beta * (1.0 / 3) * m4[i]));
-                first += above[i] * c[i] + exp_double(beta * c[i]) * slope;
+                const double e = exp_double(beta * c[i]);
+                above[i] = e * series(beta, m0[i], m1[i], m2[i], m3[i], m4[i]);
+                first += above[i] * c[i] + e * slope;
             }
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < narrow; ++i)
+                above[i] = exp_double(beta * c[i]) * series(beta, m0[i], m1[i], m2[i], m3[i], m4[i]);
         }
         g = narrow;
     }
@@ -85,16 +90,6 @@ template <class Real> double mass_of(const GroupedRow<Real>& row, const RowMasse
         add_direct(row, cut.group, beta, [=](Real z) { return z >= threshold; }, mass, first);
     }
     return std::min(1.0, mass / masses.total);
-}
-
-// The last group for which holds() is true; it holds for the first, and from some group on no more.
-template <class Holds> int64_t last_group(int64_t groups, const Holds& holds) {
-    int64_t low = 0, high = groups;
-    while (high - low > 1) {
-        const int64_t middle = low + (high - low) / 2;
-        (holds(middle) ? low : high) = middle;
-    }
-    return low;
 }
 
 // The smallest logit of a group that is not below the border; +inf if there is none.
@@ -177,39 +172,13 @@ Cut cut_of(const CutoffsArgs& a, int64_t rule, int64_t size, GroupedRow<Real>& r
     return cut_by_border(row, row.max + (log_q + log_total) / masses->beta);
 }
 
-// The valid tokens of a row from the largest logit to the smallest, with running sums.
-struct ValidTokens {
-    std::vector<std::pair<double, int64_t>> logits;  // and which of the set's tokens
-    std::vector<double> counts, mass;                // of the first i
-    std::vector<int32_t> place, kept;                // of each token, from the largest; how many are kept by each of (K, R)
-};
-
-template <class T, class Real> void gather_valid(const CutoffsArgs& a, int64_t r, ValidTokens& valid) {
-    const int64_t begin = a.sets.begin(r), n = a.sets.end(r) - begin;
-    const T* x = a.logits.row<const T>(r);
-    valid.logits.resize(size_t(n));
-    for (int64_t i = 0; i < n; ++i) valid.logits[i] = {double(to_real(x[a.sets.ids[begin + i]])), i};
-    std::sort(valid.logits.begin(), valid.logits.end(), [](const auto& p, const auto& q) {
-        return p.first > q.first || (p.first == q.first && p.second < q.second);
-    });
-    valid.counts.resize(size_t(n) + 1);
-    valid.place.resize(size_t(n));
-    valid.counts[0] = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t token = valid.logits[i].second;
-        valid.place[token] = int32_t(i);
-        valid.counts[i + 1] = valid.counts[i] + (a.counts ? a.counts[begin + token] : 1.0);
-    }
-    a.total_counts[r] = valid.counts[size_t(n)];
-}
-
 template <class T> int64_t cutoffs(const CutoffsArgs& a) {
     using S = typename SimdOf<T>::type;
     using real = typename S::real;
     const int64_t n_rows = a.logits.rows, k_count = a.temperatures.count, r_count = a.rule_count, each = k_count * r_count;
     const int threads = int(std::clamp<int64_t>(a.threads, 1, 1024));
     const bool with_sets = a.valid;
-    bool entropy = false;
+    bool entropy = a.tokens;
     for (int64_t r = 0; r < r_count; ++r) entropy = entropy || int(a.rules[2 * r]) == kEta;
     struct Own {
         GroupedRow<real> row;
@@ -238,6 +207,11 @@ template <class T> int64_t cutoffs(const CutoffsArgs& a) {
             std::fill(a.kept_valid + r * each, a.kept_valid + (r + 1) * each, 0);
             std::fill(static_cast<real*>(a.valid_mass) + r * each, static_cast<real*>(a.valid_mass) + (r + 1) * each, real(NAN));
             std::fill(a.kept_counts + r * each, a.kept_counts + (r + 1) * each, 0.0);
+            if (!a.tokens) return;
+            write_ranks_of_undefined<T>(a, r, row.values, valid);
+            std::fill(a.below + begin, a.below + begin + size, NAN);
+            std::fill(a.log_norm + r * k_count, a.log_norm + (r + 1) * k_count, NAN);
+            std::fill(a.entropy + r * k_count, a.entropy + (r + 1) * k_count, NAN);
             return;
         }
         cuts.assign(size_t(r_count), Cut());
@@ -250,13 +224,12 @@ template <class T> int64_t cutoffs(const CutoffsArgs& a) {
             valid.kept.resize(size_t(each));
             valid.mass.resize(size_t(size) + 1);
         }
-        int64_t finite_valid = 0;
-        while (with_sets && finite_valid < size && valid.logits[finite_valid].first > -INFINITY) ++finite_valid;
         for (int64_t k = 0; k < k_count; ++k) {
             sum_masses(row, 1.0 / temperature[k], entropy, masses);
+            if (a.tokens) write_norms(a, r, k, masses.beta, masses.total, masses.first);
             if (with_sets) {
                 valid.mass[0] = 0;
-                for (int64_t i = 0; i < finite_valid; ++i)
+                for (int64_t i = 0; i < valid.finite; ++i)
                     valid.mass[i + 1] = valid.mass[i] + exp_double(masses.beta * (valid.logits[i].first - row.max));
             }
             for (int64_t i = 0; i < r_count; ++i) {
@@ -268,9 +241,9 @@ template <class T> int64_t cutoffs(const CutoffsArgs& a) {
                 kept[at] = rule == kKeepAll ? row.finite : cut.kept;
                 mass[at] = rule == kKeepAll ? real(1) : real(mass_of(row, masses, cut));
                 if (!with_sets) continue;
-                int64_t n = finite_valid;
+                int64_t n = valid.finite;
                 if (rule != kKeepAll)
-                    n = std::partition_point(valid.logits.begin(), valid.logits.begin() + finite_valid,
+                    n = std::partition_point(valid.logits.begin(), valid.logits.begin() + valid.finite,
                                              [&](const auto& v) { return v.first >= cut.threshold; }) - valid.logits.begin();
                 valid.kept[at] = int32_t(n);
                 a.kept_valid[r * each + at] = n;
@@ -284,6 +257,9 @@ template <class T> int64_t cutoffs(const CutoffsArgs& a) {
 #pragma omp simd
             for (int64_t at = 0; at < each; ++at) to[at] = place < n[at] ? 1 : 0;
         }
+        if (!a.tokens) return;
+        write_below(a, r, row.max, valid);
+        write_ranks_of(a, r, row, valid);
     });
     return bad.position();
 }

@@ -22,6 +22,7 @@ namespace fastcalib::FASTCALIB_ISA {
 constexpr int64_t kMostBuckets = 4096;
 constexpr int64_t kBucketSize = 16;   // logits in a bucket on average, where there are not more than the most
 constexpr int kMoments = 5;
+constexpr int kSpare = 8;             // room after the values, so that whole vectors of them can be read
 // Half a group's width times 1/T, up to which the series is used: what it leaves out is below 0.016^5 / 5! = 9e-12.
 constexpr double kSeriesLimit = 0.016;
 // Logits this many temperatures below the maximum have no mass: a vocabulary of 2^31 of them weighs 3e-19 of one at the maximum.
@@ -133,11 +134,35 @@ FC_INLINE void add_moments(const GroupedRow<Real>& row, int64_t group, const Kee
     m[0] = m0, m[1] = m1, m[2] = m2, m[3] = m3, m[4] = m4;
 }
 
+typedef double Eight __attribute__((vector_size(64)));
+template <class Real> struct EightOf { typedef Real type __attribute__((vector_size(8 * sizeof(Real)))); };
+constexpr Eight kLane = {0, 1, 2, 3, 4, 5, 6, 7};
+
+// Groups hold a few dozen logits: always whole vectors of them, those of the next group as zeros, and no tail.
 template <class Real> void all_moments(GroupedRow<Real>& row) {
+    constexpr int lanes = kSpare;
     for (int64_t g = 0; g < row.narrow; ++g) {
-        double m[kMoments];
-        add_moments(row, g, [](Real) { return true; }, m);
-        for (int i = 0; i < kMoments; ++i) row.moments[i][g] = m[i];
+        if (!row.often.empty()) {
+            double m[kMoments];
+            add_moments(row, g, [](Real) { return true; }, m);
+            for (int i = 0; i < kMoments; ++i) row.moments[i][g] = m[i];
+            continue;
+        }
+        const Real* z = row.values.data() + row.begin[g];
+        const int64_t n = row.begin[g + 1] - row.begin[g];
+        const double max = row.max, c = row.middle[g];
+        Eight m1 = {}, m2 = {}, m3 = {}, m4 = {};
+        for (int64_t i = 0; i < n; i += lanes) {
+            typename EightOf<Real>::type few;
+            std::memcpy(&few, z + i, sizeof few);
+            Eight d = __builtin_convertvector(few, Eight) - max - c;
+            if (n - i < lanes) d = kLane < double(n - i) ? d : Eight{};
+            const Eight d2 = d * d;
+            m1 += d, m2 += d2, m3 += d * d2, m4 += d2 * d2;
+        }
+        double s1 = 0, s2 = 0, s3 = 0, s4 = 0;
+        for (int lane = 0; lane < lanes; ++lane) s1 += m1[lane], s2 += m2[lane], s3 += m3[lane], s4 += m4[lane];
+        row.moments[0][g] = double(n), row.moments[1][g] = s1, row.moments[2][g] = s2, row.moments[3][g] = s3, row.moments[4][g] = s4;
     }
 }
 
@@ -240,7 +265,7 @@ template <class S, class T> void group_by_buckets(const T* x, int64_t vocab, dou
     row.begin[row.groups] = int32_t(next);
     row.above[row.groups] = next;
     row.narrow = row.groups - (row.begin[row.groups - 1] < int64_t(vocab) && row.middle[row.groups - 1] < -double(last) * width);
-    row.values.resize(size_t(vocab));
+    row.values.resize(size_t(vocab + kSpare));
     real* to = row.values.data();
     for_each_block([&](const T* from, int64_t n) __attribute__((always_inline)) {
         for (int64_t i = 0; i < n; ++i) to[even[row.position[i]]++] = to_real(from[i]);

@@ -49,5 +49,5 @@ def smooth_ece(confidence: Tensor, hit: Tensor) -> float:
     try:
         import relplot
     except ImportError as error:
-        raise ImportError(f"smooth_ece needs the package relplot ({error}): pip install relplot") from error
+        raise ImportError(f"smooth_ece needs the package relplot ({error}): pip install 'fastcalib[smooth]'") from error
     return float(relplot.smECE(f.numpy(), y.numpy())) if f.numel() else float("nan")

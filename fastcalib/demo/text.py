@@ -33,7 +33,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
     if path is None:
         return default_text(), "CPython's language reference (pydoc_data.topics)"
     try:
-        return path.read_text(encoding="utf-8"), path.name
+        return path.read_text(encoding="utf-8-sig"), path.name
     except FileNotFoundError:
         raise DemoError(f"--text {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,22 @@ from .text import Windows
 
 # Evenly spaced in 1/T, from T = 0.5 to T = 2, with T = 1 among them: even spacing suits the interpolation.
 TEMPERATURES = tuple(1.0 / (2.0 - 0.125 * i) for i in range(13))
+
+
+_ALSO = "also."
+
+
+class Also(Protocol):
+    """What else is measured on the logits of each batch, without reading the text again."""
+
+    name: str
+    keys: tuple[str, ...]
+
+    def of(self, logits: torch.Tensor, target: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
+        """From logits (B, W, V) and the tokens that follow (B, W): the tensors ``keys``, which are kept on disk."""
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Add up those of one batch."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +86,14 @@ def measure(
     batch: int,
     temperatures: Sequence[float] = TEMPERATURES,
     on_batch: Callable[[Record], Any] = lambda record: None,
+    also: Also | None = None,
 ) -> TokenResult:
     """Run what is not on disk yet and add everything up.
 
     Args:
         windows: the text. model: called only when a batch is missing. store: where batches are kept.
         batch: windows per forward. temperatures: the grid. on_batch: called after each batch.
+        also: something else to measure on the same logits.
     """
     fit: TemperatureFit | None = None
     states = {"fit": CalibrationState(temperatures)}
@@ -86,10 +104,14 @@ def measure(
             fit = interpolate_temperature(states["fit"])
             states[half] = CalibrationState(dict.fromkeys([*temperatures, fit.temperature]))  # once, if it is a bound
         state = states[half]
-        inputs = {"windows": numbers, "temperatures": state.temperatures}
-        compute = functools.partial(_statistics, windows, numbers, state.temperatures, model)
+        inputs: dict[str, Any] = {"windows": numbers, "temperatures": state.temperatures}
+        if also is not None:
+            inputs["also"] = also.name
+        compute = functools.partial(_statistics, windows, numbers, state.temperatures, model, also)
         record = store.get(name, inputs, compute)
         target = record.tensors.pop("target")
+        if also is not None:
+            also.add({key: record.tensors.pop(_ALSO + key) for key in also.keys})
         state.update(fastcalib.TokenStatistics(**record.tensors), target)
         computed, reused = computed + (not record.reused), reused + record.reused
         on_batch(record)
@@ -98,11 +120,16 @@ def measure(
 
 
 def _statistics(
-    windows: Windows, numbers: list[int], temperatures: tuple[float, ...], get_model: Callable[[], LanguageModel]
+    windows: Windows,
+    numbers: list[int],
+    temperatures: tuple[float, ...],
+    get_model: Callable[[], LanguageModel],
+    also: Also | None,
 ) -> Record:
     model = get_model()
     logits = model.forward(windows.inputs[numbers])
     target = windows.targets[numbers].to(logits.device)
     with torch.inference_mode():
         stats = fastcalib.statistics(logits, target, temperatures, ranks=True, vocab_size=model.vocab_size)
-    return Record({"target": target, **stats._asdict()}, {})
+        more = {} if also is None else also.of(logits, target, model.vocab_size)
+    return Record({"target": target, **stats._asdict(), **{_ALSO + key: value for key, value in more.items()}}, {})

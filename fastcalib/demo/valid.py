@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastcalib
 from fastcalib import ValidSets
 
+from ..decoding import TopK
+from ..decoding import cutoffs as kept_by_rules
+from ..diagnostics import order_from_ranks, shape
 from ..runner.model import LanguageModel
 from ..storage import Record, Store
 
 TEMPERATURES = (0.5, 0.8, 1.0, 1.5, 2.0)
 CUTOFFS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+CUTOFF_MEASURES = ("kept", "precision", "recall", "token_recall")
 _NO_EXPLANATION = " with no additional explanation."
 
 
@@ -85,13 +88,15 @@ def _common_prefix(rows: list[list[int]]) -> list[int]:
 
 
 def measure(model: Callable[[], LanguageModel], store: Store, questions: Sequence[Task], style: str) -> Record:
-    """Ranks, masses and kept counts of every task; see :func:`summarise`.
+    """Ranks, masses and what top-k keeps, for every task; see :func:`summarise`.
 
     The record's tensors, for P tasks with nnz valid tokens altogether, K temperatures and C cutoffs:
     values, offsets, answers (the ValidSets and the answers behind each token), n_greater, n_equal (nnz,),
-    log_prob (nnz, K), entropy (P, K), kept (P, C). Its facts: the text of each valid token.
+    log_prob (nnz, K), valid_mass, evenness, entropy (P, K), kept, precision, recall, token_recall (P, C), r_precision
+    (P,). Its facts: the text of each valid token.
     """
     inputs = {
+        "record": 2,
         "tasks": [[t.question, list(t.answers)] for t in questions],
         "style": style,
         "temperatures": TEMPERATURES,
@@ -105,23 +110,26 @@ def _compute(model: LanguageModel, questions: Sequence[Task], style: str) -> Rec
     encoded = [encode(model.tokenizer, task, style) for task in questions]
     logits = torch.stack([model.forward(torch.tensor([prompt]))[0, -1] for prompt, _ in encoded])
     sets = ValidSets.from_lists([list(tokens) for _, tokens in encoded]).to(logits.device)
+    answers = torch.tensor([n for _, tokens in encoded for n in tokens.values()], device=logits.device)
 
-    ranks = fastcalib.ranks(logits, sets, vocab_size=model.vocab_size)
-    stats = fastcalib.statistics(logits, sets, TEMPERATURES, vocab_size=model.vocab_size)
-    cutoffs = [min(k, model.vocab_size) for k in CUTOFFS]
-    thresholds = logits[:, : model.vocab_size].topk(max(cutoffs)).values[:, [k - 1 for k in cutoffs]]
-    at_least = fastcalib.ranks(logits, thresholds=thresholds, vocab_size=model.vocab_size)
-
-    assert stats.log_prob is not None
+    width = model.vocab_size
+    ranks = fastcalib.ranks(logits, sets, vocab_size=width)
+    order = order_from_ranks(ranks.n_greater, ranks.n_equal, sets, counts=answers, vocab_size=width)
+    stats = fastcalib.statistics(logits, sets, TEMPERATURES, vocab_size=width)
+    spread = shape(logits, sets, counts=answers, temperature=TEMPERATURES, vocab_size=width)
+    kept = kept_by_rules(logits, [TopK(k) for k in CUTOFFS], sets=sets, counts=answers, vocab_size=width)
     tensors = {
         "values": sets.values,
         "offsets": sets.offsets,
-        "answers": torch.tensor([n for _, tokens in encoded for n in tokens.values()]),
+        "answers": answers,
         "n_greater": ranks.n_greater,
         "n_equal": ranks.n_equal,
         "log_prob": stats.log_prob,
         "entropy": stats.entropy,
-        "kept": at_least.n_greater + at_least.n_equal,  # top-k keeps every token that ties with the k-th
+        "valid_mass": spread.valid_mass,
+        "evenness": spread.evenness,
+        "r_precision": order.r_precision,
+        **{name: getattr(kept, name) for name in CUTOFF_MEASURES},
     }
     return Record(tensors, {"tokens": [model.tokenizer.decode([v]) for v in sets.values.tolist()]})
 
@@ -151,12 +159,14 @@ def summarise(record: Record, questions: Sequence[Task]) -> list[dict[str, Any]]
                 "best_rank": int(rank.min()),
                 "median_rank": float(rank.double().median()),
                 "worst_rank": int(rank.max()),
-                "r_precision": int((rank <= size).sum()) / size,
+                "r_precision": float(x["r_precision"][p]),
                 "temperatures": list(TEMPERATURES),
-                "valid_mass": probability.sum(0).tolist(),
-                "evenness": _evenness(probability).tolist(),
+                "valid_mass": x["valid_mass"][p].tolist(),
+                "evenness": x["evenness"][p].tolist(),
                 "entropy": x["entropy"][p].tolist(),
-                "cutoffs": _cutoffs(rank, answers, x["kept"][p].tolist()),
+                "cutoffs": [
+                    {"k": k, **{name: x[name][p, i].item() for name in CUTOFF_MEASURES}} for i, k in enumerate(CUTOFFS)
+                ],
                 "tokens": [
                     {
                         "token": labels[i],
@@ -171,24 +181,3 @@ def summarise(record: Record, questions: Sequence[Task]) -> list[dict[str, Any]]
             }
         )
     return out
-
-
-def _evenness(probability: Tensor) -> Tensor:
-    within = probability / probability.sum(0)
-    return torch.special.entr(within).sum(0).exp() / probability.shape[0]
-
-
-def _cutoffs(rank: Tensor, answers: Tensor, kept: list[int]) -> list[dict[str, Any]]:
-    rows = []
-    for k, size in zip(CUTOFFS, kept, strict=True):
-        inside = rank <= k
-        rows.append(
-            {
-                "k": k,
-                "kept": size,
-                "precision": int(inside.sum()) / size,
-                "recall": int(answers[inside].sum()) / int(answers.sum()),
-                "token_recall": int(inside.sum()) / rank.numel(),
-            }
-        )
-    return rows

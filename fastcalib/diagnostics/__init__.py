@@ -4,6 +4,7 @@ Source: Banayeeanzade et al. 2026 (arXiv 2605.11128); the authors published no c
 """
 
 from .order import Order, order, order_from_ranks
+from .prefixes import Diagnosis, diagnose
 from .sequence import (
     Compounding,
     SequenceDiagnostics,
@@ -19,6 +20,7 @@ from .shape import HeadTailFit, Shape, diversity_bound, diversity_loss, head_tai
 
 __all__ = [
     "Compounding",
+    "Diagnosis",
     "HeadTailFit",
     "Order",
     "SequenceDiagnostics",
@@ -27,6 +29,7 @@ __all__ = [
     "at_nodes",
     "at_prefixes",
     "compounding",
+    "diagnose",
     "diversity_bound",
     "diversity_loss",
     "head_tail_fit",

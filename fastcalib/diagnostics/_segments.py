@@ -7,10 +7,64 @@ subtracted would lose what a large set before it leaves no digits for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..valid_sets import ValidSets
+
+# Numbers of valid tokens looked at in one go: 128 KB in float64 for each of some ten temporaries.
+CHUNK = 1 << 14
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some neighbouring sets: which they are, which tokens are theirs, and their sizes, offsets and rows."""
+
+    sets: slice
+    tokens: slice
+    sizes: Tensor
+    offsets: Tensor
+    rows: Tensor
+
+
+def in_parts(
+    sets: ValidSets, each: int, work: Callable[[Part], tuple[Tensor, ...]], *, of_tokens: int = 0, whole: bool = False
+) -> list[Tensor]:
+    """Results of ``work``, the first ``of_tokens`` of them with one row a token, the others with one row a set.
+
+    So few sets at a time that ``each`` numbers for every token are small beside logits; all at once if asked, while
+    compiling, and on an accelerator, where to ask for offsets would wait.
+    """
+    nnz, results = sets.values.numel(), list[Tensor]()
+    for part in _parts(sets, each, whole or sets.offsets.device.type != "cpu" or torch.compiler.is_compiling()):
+        found = work(part)
+        if part.sets == slice(0, len(sets)):
+            return list(found)
+        if not results:
+            size = [nnz] * of_tokens + [len(sets)] * (len(found) - of_tokens)
+            results = [x.new_empty(n, *x.shape[1:]) for x, n in zip(found, size, strict=True)]
+        for i, (result, some) in enumerate(zip(results, found, strict=True)):
+            result[part.tokens if i < of_tokens else part.sets] = some
+    return results
+
+
+def _parts(sets: ValidSets, each: int, whole: bool) -> Iterator[Part]:
+    sizes, offsets, count = sets.counts(), sets.offsets, len(sets)
+    if whole or sets.values.numel() * each <= CHUNK:
+        yield Part(slice(0, count), slice(0, sets.values.numel()), sizes, offsets, sets.rows())
+        return
+    first = 0
+    while first < count:
+        begin = int(offsets[first])
+        last = int(torch.searchsorted(offsets, begin + CHUNK // each, right=True)) - 1
+        last = min(max(last, first + 1), count)  # one set at least, however large
+        end, own = int(offsets[last]), sizes[first:last]
+        rows = torch.repeat_interleave(torch.arange(last - first), own, output_size=end - begin)
+        yield Part(slice(first, last), slice(begin, end), own, offsets[first : last + 1] - begin, rows)
+        first = last
 
 
 def reduce(values: Tensor, offsets: Tensor, how: str = "sum") -> Tensor:
@@ -44,7 +98,8 @@ def running_count(flags: Tensor, offsets: Tensor) -> Tensor:
 def scan(values: Tensor, offsets: Tensor, combine: Callable[[Tensor, Tensor], Tensor], *, back: bool = False) -> Tensor:
     """Inclusive running ``combine`` (torch.add, torch.maximum) within each set; with ``back`` from its end.
 
-    Doubling strides (Hillis and Steele): after step d each place has combined 2 d neighbours. log2(largest set) passes.
+    Doubling strides (Hillis and Steele): after step d each place has combined 2 d neighbours. log2(largest set) passes;
+    on an accelerator, where its size is not known without waiting, log2(nnz).
     """
     out = values.flip(0) if back else values
     sizes = offsets.diff()
@@ -53,7 +108,7 @@ def scan(values: Tensor, offsets: Tensor, combine: Callable[[Tensor, Tensor], Te
     starts = sizes.cumsum(0) - sizes
     size = out.numel()
     inside = torch.arange(size, device=out.device) - starts.repeat_interleave(sizes, output_size=size)
-    step, most = 1, int(sizes.max()) if size else 0
+    step, most = 1, int(sizes.max()) if size and out.device.type == "cpu" else size
     while step < most:
         earlier = out[:-step] if step else out
         out = torch.cat([out[:step], torch.where(inside[step:] >= step, combine(out[step:], earlier), out[step:])])

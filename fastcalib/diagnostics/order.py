@@ -12,6 +12,9 @@ from ..ops._set_arguments import check_counts, check_sets
 from ..ops.ranks import ranks
 from ..valid_sets import ValidSets
 from . import _segments
+from ._segments import Part
+
+TOKEN_FIELDS = 5  # of Order, from the first: one number a valid token
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def order(
 
     Two reads of the logits whatever the size of the sets: their ranks, and a count of NaN. The vocabulary is neither
     sorted nor copied. A cutoff keeps all tokens with a logit at or above some value, so ties stand or fall together:
-    tied valid tokens share one point of the frontier.
+    tied valid tokens share one point of the frontier. On an accelerator the host waits for nothing; not yet run
+    on a GPU.
 
     Args:
         logits: (*, V), float32, bfloat16, float16 or float64.
@@ -139,8 +143,27 @@ def order_from_ranks(
     """
     _check(n_greater, n_equal, sets, vocab_size, precision)
     weights = check_counts(counts, sets)
-    offsets, size = sets.offsets, sets.counts()
-    row = sets.rows()
+
+    def work(part: Part) -> tuple[Tensor, ...]:
+        t = part.tokens
+        own = None if weights is None else weights[t]
+        return _order(n_greater[t], n_equal[t], sets.values[t], own, part, vocab_size, precision)
+
+    found = _segments.in_parts(sets, 4, work, of_tokens=TOKEN_FIELDS)
+    return Order(*[*found[:TOKEN_FIELDS], sets.offsets, *found[TOKEN_FIELDS:]])
+
+
+def _order(
+    n_greater: Tensor,
+    n_equal: Tensor,
+    values: Tensor,
+    weights: Tensor | None,
+    part: Part,
+    vocab_size: int,
+    precision: float,
+) -> tuple[Tensor, ...]:
+    """The fields of :class:`Order` for some sets, but for the offsets."""
+    offsets, size, row = part.offsets, part.sizes, part.rows
     # Sets stay in place, tokens are sorted by what lies above them.
     key = row * (vocab_size + 1) + n_greater.to(torch.int64).clamp(min=0)
     place = torch.argsort(key, stable=True)
@@ -184,21 +207,20 @@ def order_from_ranks(
     invalid = (vocab_size - size).to(torch.float64)
     invalid_above = (above - valid_above).to(torch.float64) + (equal - (tied_valid - 1)).to(torch.float64) / 2
     calibrated = _segments.reduce((above > valid_above).to(torch.float64), offsets) == 0
-    return Order(
-        precision=prec,
-        recall=recall,
-        token_recall=token_recall,
-        rank=torch.where(bad, -1, kept),
-        token=sets.values[place],
-        offsets=offsets,
-        area=area(share),
-        token_area=area(token_share),
-        recall_at_precision=at_precision(recall),
-        token_recall_at_precision=at_precision(token_recall),
-        r_precision=_segments.reduce(expected, offsets) / n + blank,
-        average_precision=_segments.reduce(prec, offsets) / n,
-        auroc=1 - _segments.reduce(invalid_above, offsets) / (n * invalid) + blank,
-        order_calibrated=calibrated & ~undefined,
+    return (
+        prec,
+        recall,
+        token_recall,
+        torch.where(bad, -1, kept),
+        values[place],
+        area(share),
+        area(token_share),
+        at_precision(recall),
+        at_precision(token_recall),
+        _segments.reduce(expected, offsets) / n + blank,
+        _segments.reduce(prec, offsets) / n,
+        1 - _segments.reduce(invalid_above, offsets) / (n * invalid) + blank,
+        calibrated & ~undefined,
     )
 
 
@@ -232,5 +254,10 @@ def _check(n_greater: Tensor, n_equal: Tensor, sets: ValidSets, vocab_size: int,
             )
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
         raise ValueError(f"vocab_size must be a positive int, got {vocab_size!r}")
+    check_precision(precision)
+
+
+def check_precision(precision: float) -> None:
+    """Raise unless a precision can be asked for."""
     if not 0 < precision <= 1:
         raise ValueError(f"precision must lie in (0, 1], got {precision!r}")

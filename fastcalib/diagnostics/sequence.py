@@ -106,7 +106,7 @@ def truncated_log_prob(trie: AnswerTrie, log_prob: Tensor, keeps: Tensor, kept_m
         log_prob: (nodes, ...), of the model; axes that only the rule has may be missing at the end.
         keeps: bool (nodes, ...), is the token of the node kept at its parent?
         kept_mass: (nodes, ...), at a prefix the probability of all tokens that the rule keeps, valid or not. Where it
-            is 0, no token comes.
+            is 0, no token comes; where it is NaN, nobody knows, and the result is NaN.
 
     Returns:
         float64 (nodes, ...), 0 at the root.
@@ -128,7 +128,7 @@ def truncated_log_prob(trie: AnswerTrie, log_prob: Tensor, keeps: Tensor, kept_m
     keeps = keeps & (mass != 0)  # kept tokens that have no probability, all of them: none of them comes
     # The log of a mass where nothing is kept would put a NaN into the gradient of what is not even selected.
     kept = torch.where(keeps, log_prob, 0.0) - torch.where(keeps, mass, 1.0).log()
-    kept = torch.where(keeps, kept, -math.inf)
+    kept = torch.where(mass.isnan(), math.nan, torch.where(keeps, kept, -math.inf))
     return torch.cat((torch.zeros_like(kept[:1]), kept[1:]))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops._arguments import Temperature, normalise_temperature
+from ..ops._set_arguments import check_counts, check_sets
 from ..ops.statistics import statistics
 from ..valid_sets import ValidSets
 from . import _segments
+from ._segments import Part
 from .diversity import diversity_bound, diversity_loss
 from .head_tail import HeadTailFit, head_tail_fit
 
@@ -56,13 +59,13 @@ def shape(
     """How the softmax is spread over the valid tokens, from one read of the logits; differentiable.
 
     A model is shape-calibrated where p is proportional on G to the number of valid answers below each token: sampling
-    then reaches every answer equally often.
+    then reaches every answer equally often. On an accelerator the host waits for nothing (not yet run on a GPU).
 
     Args:
         logits: (*, V), float32, bfloat16, float16 or float64.
         sets: N = prod(*) sets of valid tokens.
         counts: (nnz,), w is proportional to them: the answers below each valid token, or any weights >= 0 with a
-            positive sum in every set. None: w is uniform.
+            positive sum in every set (on an accelerator not looked at: kl and kl_valid are NaN). None: w is uniform.
         temperature: as for :func:`fastcalib.statistics`; a sequence of K adds the axis K.
         draws: K of ``expected_distinct``, >= 1; None: as many draws as the set has tokens.
         vocab_size: columns from here on are padding and take no part in anything.
@@ -85,85 +88,112 @@ def shape(
         >>> abs(s.kl_valid.item()) < 1e-15  # 0.5 and 0.25 are as 2 to 1
         True
     """
-    if not isinstance(sets, ValidSets):
-        raise TypeError(
-            f"shape: sets must be a ValidSets, got {type(sets).__name__}; ValidSets.from_lists takes lists of token ids"
-        )
-    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
-        raise ValueError(f"shape: draws must be an int >= 1 or None (as many as valid tokens), got {draws!r}")
+    check_sets(sets)
+    check_draws(draws)
+    counts = check_counts(counts, sets)
     stats = statistics(logits, sets, temperature, vocab_size=vocab_size, backend=backend)
     assert stats.log_prob is not None
-    leading, axis = logits.shape[:-1], stats.log_prob.shape[1:]
     temperatures, _ = normalise_temperature(temperature, logits)
     k = temperatures.shape[1]
-    rows, sizes = sets.rows(), sets.counts()
-    w = _target(counts, sets, rows)[:, None]
+    log_prob, entropy = stats.log_prob.reshape(sets.values.numel(), k), stats.entropy.reshape(len(sets), k)
 
-    log_p = stats.log_prob.double().reshape(sets.values.numel(), k)
-    entropy = stats.entropy.double().reshape(len(sets), k)
-    undefined = entropy.isnan()
-    size = sizes[:, None].double().expand(undefined.shape)
+    def among(part: Part, log_p: Tensor, log_mass: Tensor) -> Tensor:
+        return _among_valid(logits, sets.values[part.tokens], part, temperatures, log_p, log_mass)
 
-    log_mass = _segments.logsumexp(log_p, sizes)
-    log_q = _among_valid(logits, sets, rows, temperatures, log_p, log_mass)
-    kl_valid = _segments.reduce(_plogp(w, w.log() - log_q), sets.offsets)
+    found = spread(lambda part: log_prob[part.tokens].double(), entropy, sets, counts, draws, among)
+    return Shape(*(x.reshape((*logits.shape[:-1], *stats.log_prob.shape[1:])) for x in found))
+
+
+def check_draws(draws: int | None) -> None:
+    """Raise unless a number of draws makes sense."""
+    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
+        raise ValueError(f"draws must be an int >= 1 or None (as many as valid tokens), got {draws!r}")
+
+
+Among = Callable[[Part, Tensor, Tensor], Tensor]
+
+
+def spread(
+    log_prob: Callable[[Part], Tensor],
+    entropy: Tensor,
+    sets: ValidSets,
+    counts: Tensor | None,
+    draws: int | None,
+    among: Among | None,
+) -> list[Tensor]:
+    """The fields of :class:`Shape`, (N, K) float64 each, from log-probabilities of tokens and entropies (N, K).
+
+    ``log_prob(part)`` is log p, (tokens, K), in float64, and ``among(part, log_p, log_mass)`` log q; None: log p is
+    exact in float64, and log q their difference. With a gradient all sets are taken at once.
+    """
+    weights = _target(counts, sets)
+
+    def work(part: Part) -> tuple[Tensor, ...]:
+        return _spread(part, log_prob(part), entropy[part.sets].double(), weights[part.tokens], draws, among)
+
+    return _segments.in_parts(sets, entropy.shape[1], work, whole=entropy.requires_grad)
+
+
+def _spread(
+    part: Part, log_p: Tensor, entropy: Tensor, w: Tensor, draws: int | None, among: Among | None
+) -> tuple[Tensor, ...]:
+    log_mass = _segments.logsumexp(log_p, part.sizes)
+    massless = log_mass == -torch.inf
+    if among is not None:
+        log_q = among(part, log_p, log_mass)
+    else:
+        log_q = log_p - torch.where(massless, 0.0, log_mass)[part.rows]
+    kl_valid = _segments.reduce(_plogp(w[:, None], w.log()[:, None] - log_q), part.offsets)
     # 0 * log 0 = 0 for w = 0; a valid token of probability 0 has log_p = -inf and makes kl infinite.
-    kl = torch.where(log_mass == -torch.inf, torch.inf, kl_valid - log_mass)
-    evenness = (-_segments.reduce(_plogp(log_q.exp(), log_q), sets.offsets)).exp() / size
+    kl = torch.where(massless, torch.inf, kl_valid - log_mass)
+    size = part.sizes[:, None].double().expand(entropy.shape)
+    evenness = (-_segments.reduce(_plogp(log_q.exp(), log_q), part.offsets)).exp() / size
     times = size if draws is None else torch.full_like(size, draws)
-    distinct = _segments.reduce(_hit(log_p, times[rows]), sets.offsets)
-
-    empty, massless = size == 0, log_mass == -torch.inf
-    nan = torch.nan
-    results = (
-        torch.where(empty | undefined, nan, kl),
+    distinct = _segments.reduce(_hit(log_p, times[part.rows]), part.offsets)
+    undefined, nan = entropy.isnan(), torch.nan
+    return (
+        torch.where((size == 0) | undefined, nan, kl),
         torch.where(massless | undefined, nan, kl_valid),
         torch.where(undefined, nan, log_mass.exp()),
         torch.where(massless | undefined, nan, evenness),
         entropy,
         torch.where(undefined, nan, distinct),
     )
-    return Shape(*(x.reshape((*leading, *axis)) for x in results))
 
 
-def _target(counts: Tensor | None, sets: ValidSets, rows: Tensor) -> Tensor:
+def _target(counts: Tensor | None, sets: ValidSets) -> Tensor:
     """w, (nnz,) float64, with sum 1 in each set."""
-    nnz = sets.values.numel()
+    rows, sizes = sets.rows(), sets.counts()
     if counts is None:
-        return 1.0 / sets.counts().double()[rows]
-    if not isinstance(counts, Tensor) or counts.dtype == torch.bool or counts.is_complex():
-        got = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
-        raise TypeError(f"shape: counts must be a tensor of numbers, one a valid token, got {got}")
-    if tuple(counts.shape) != (nnz,):
-        raise ValueError(f"shape: counts must have shape ({nnz},), one for each value of the sets, got "
-                         f"{tuple(counts.shape)}")  # fmt: skip
-    w = counts.to(sets.values.device, torch.float64)
-    if not bool((w.isfinite() & (w >= 0)).all()):
-        position = int((~(w.isfinite() & (w >= 0))).nonzero()[0])
-        raise ValueError(f"shape: counts must be finite and >= 0, got {float(w[position])} at counts[{position}]")
+        return 1.0 / sizes.double()[rows]
+    w = counts.double()
     total = _segments.reduce(w, sets.offsets)
-    if bool(((total == 0) & (sets.counts() > 0)).any()):
-        row = int(((total == 0) & (sets.counts() > 0)).nonzero()[0])
-        raise ValueError(f"shape: the counts of set {row} add up to 0: at least one valid token needs a count")
+    if total.device.type == "cpu" and not torch.compiler.is_compiling():
+        nothing = (total == 0) & (sizes > 0)
+        if nothing.any():
+            row = int(nothing.nonzero()[0])
+            raise ValueError(f"the counts of set {row} add up to 0: at least one valid token needs a count")
     return w / total[rows]
 
 
 def _among_valid(
-    logits: Tensor, sets: ValidSets, rows: Tensor, temperatures: Tensor, log_p: Tensor, log_mass: Tensor
+    logits: Tensor, ids: Tensor, part: Part, temperatures: Tensor, log_p: Tensor, log_mass: Tensor
 ) -> Tensor:
-    """log q, (nnz, K): softmax over the set alone.
+    """log q, (tokens, K): softmax over the set alone.
 
     Its value comes from the logits of the set in float64: a difference of two float32 log-probabilities, in the
     thousands at a low temperature, would not have six digits. Its gradient goes the way of the log-probabilities, so
     that the logits are read and their gradient is written once.
     """
-    through = log_p - torch.where(log_mass == -torch.inf, 0.0, log_mass)[rows]
+    through = log_p - torch.where(log_mass == -torch.inf, 0.0, log_mass)[part.rows]
     with torch.no_grad():
         # Not logits.reshape(-1, V)[rows]: that would copy the vocabulary where the rows are strided.
-        where = (*(torch.unravel_index(rows, logits.shape[:-1]) if logits.dim() > 1 else ()), sets.values)
-        z = logits[where].double()[:, None] / temperatures.expand(len(sets), -1)[rows]
-        norm = _segments.logsumexp(z, sets.counts())
-        log_q = z - torch.where(norm == -torch.inf, 0.0, norm)[rows]
+        rows = part.rows + part.sets.start
+        where = (*(torch.unravel_index(rows, logits.shape[:-1]) if logits.dim() > 1 else ()), ids)
+        t = temperatures if temperatures.shape[0] == 1 else temperatures[rows]
+        z = logits[where].double()[:, None] / t
+        norm = _segments.logsumexp(z, part.sizes)
+        log_q = z - torch.where(norm == -torch.inf, 0.0, norm)[part.rows]
     if not through.requires_grad:
         return log_q
     return log_q + torch.where(through.isfinite(), through - through.detach(), 0.0)

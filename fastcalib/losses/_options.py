@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict, TypeVar
@@ -136,14 +135,3 @@ def documented(function: F) -> F:
     shared = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in defaults.items()]
     function.__signature__ = signature.replace(parameters=own + shared)  # type: ignore[attr-defined]
     return function
-
-
-def module_doc(function: Callable[..., Any]) -> str:
-    """Docstring of a loss module: the first paragraph of the function's, and where the rest is."""
-    first = re.split(r"\n\s*\n", inspect.cleandoc(function.__doc__ or ""))[0]
-    return (
-        f"{first}\n\n"
-        f"The module of :func:`fastcalib.losses.{function.__name__}`, which gives formula, arguments and source.\n"
-        "The loss's own numbers and the :class:`Options` go to the constructor; logits, target, weight,\n"
-        "num_items_in_batch and a temperature for this batch alone go to the call."
-    )

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..ops import TokenStatistics
 from ._base import Formula, TokenLoss, apply, column
-from ._options import documented, module_doc
+from ._modules import module_of
+from ._options import documented
 from .likelihood import focal_coefficient, log_p, weighted_nll
 
 if TYPE_CHECKING:
@@ -87,15 +88,13 @@ def tofu(
     return apply(TOFU, {"gamma": gamma, "beta": beta}, logits, target, options)
 
 
+@module_of(gem)
 class GEMLoss(TokenLoss):
-    __doc__ = module_doc(gem)
-
     def __init__(self, beta: float = 0.7, **options: Unpack[Options]) -> None:
         super().__init__(GEM, {"beta": beta}, options)
 
 
+@module_of(tofu)
 class ToFULoss(TokenLoss):
-    __doc__ = module_doc(tofu)
-
     def __init__(self, gamma: float = 3.0, beta: float = 0.8, **options: Unpack[Options]) -> None:
         super().__init__(TOFU, {"gamma": gamma, "beta": beta}, options)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..ops import TokenStatistics
 from ._base import Formula, TokenLoss, apply
-from ._options import documented, module_doc
+from ._modules import module_of
+from ._options import documented
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -208,43 +209,37 @@ def focal(logits: Tensor, target: Tensor, *, gamma: float = 2.0, **options: Unpa
     return apply(FOCAL, {"gamma": gamma}, logits, target, options)
 
 
+@module_of(nll)
 class NLLLoss(TokenLoss):
-    __doc__ = module_doc(nll)
-
     def __init__(self, **options: Unpack[Options]) -> None:
         super().__init__(NLL, {}, options)
 
 
+@module_of(gold)
 class GoldLoss(TokenLoss):
-    __doc__ = module_doc(gold)
-
     def __init__(self, u: float = 0.1, **options: Unpack[Options]) -> None:
         super().__init__(GOLD, {"u": u}, options)
 
 
+@module_of(dft)
 class DFTLoss(TokenLoss):
-    __doc__ = module_doc(dft)
-
     def __init__(self, **options: Unpack[Options]) -> None:
         super().__init__(DFT, {}, options)
 
 
+@module_of(mixce)
 class MixCELoss(TokenLoss):
-    __doc__ = module_doc(mixce)
-
     def __init__(self, eta: float = 0.5, **options: Unpack[Options]) -> None:
         super().__init__(MIXCE, {"eta": eta}, options)
 
 
+@module_of(gce)
 class GCELoss(TokenLoss):
-    __doc__ = module_doc(gce)
-
     def __init__(self, k: float = 0.7, **options: Unpack[Options]) -> None:
         super().__init__(GCE, {"k": k}, options)
 
 
+@module_of(focal)
 class FocalLoss(TokenLoss):
-    __doc__ = module_doc(focal)
-
     def __init__(self, gamma: float = 2.0, **options: Unpack[Options]) -> None:
         super().__init__(FOCAL, {"gamma": gamma}, options)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..ops import TokenStatistics
 from ..ops._arguments import is_fake
 from ._base import Formula, TokenLoss, apply, broadcast
-from ._options import check_number, documented, module_doc
+from ._modules import module_of
+from ._options import check_number, documented
 from .likelihood import log_p, p_fixed, weighted_nll
 
 if TYPE_CHECKING:
@@ -276,22 +277,19 @@ def c_div(
     return apply(C_DIV, {"alpha": alpha, "w_max": w_max}, logits, target, options)
 
 
+@module_of(tailr)
 class TailrLoss(TokenLoss):
-    __doc__ = module_doc(tailr)
-
     def __init__(self, gamma: float = 1e-5, w_min: float = 0.0, **options: Unpack[Options]) -> None:
         super().__init__(TAILR, {"gamma": gamma, "w_min": w_min}, options)
 
 
+@module_of(lambda_pr)
 class LambdaPRLoss(TokenLoss):
-    __doc__ = module_doc(lambda_pr)
-
     def __init__(self, lam: float, gamma: float = 1e-5, **options: Unpack[Options]) -> None:
         super().__init__(LAMBDA_PR, {"lam": lam, "gamma": gamma}, options)
 
 
+@module_of(c_div)
 class CDivLoss(TokenLoss):
-    __doc__ = module_doc(c_div)
-
     def __init__(self, alpha: float, w_max: float = 10.0, **options: Unpack[Options]) -> None:
         super().__init__(C_DIV, {"alpha": alpha, "w_max": w_max}, options)

@@ -8,26 +8,14 @@ import torch
 from torch import Tensor
 
 from ._base import Formula, TokenLoss
-from ._options import check_number, module_doc
+from ._modules import module_of
+from ._options import check_number
 from .precision_recall import TRUNC, TRUNC_R, trunc, trunc_r
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import Options
-
-MEMORY = """
-
-The threshold is a quantile of the last ``buffer_size`` losses of *earlier* batches, so that all tokens of a batch are
-judged alike however the batch is cut, and everything is kept until that many have been seen.
-Ignored and NaN tokens are not remembered. The memory lives in the module's buffers: ``state_dict`` resumes it, and
-``eval()`` freezes it. It is per process, not shared between ranks.
-
-Args:
-    drop: share of the tokens to drop, in [0, 1]. 0.4 is the authors' default.
-    buffer_size: losses remembered.
-    **options: :class:`Options`.
-"""
 
 
 class _RunningQuantile(TokenLoss):
@@ -74,24 +62,35 @@ class _RunningQuantile(TokenLoss):
         return f"drop={self.drop}, buffer_size={self.recent.numel()}" + (f", {rest}" if rest else "")
 
 
+@module_of(trunc, substitute=False)
 class TruncLoss(_RunningQuantile):
-    __doc__ = f"""{module_doc(trunc)}{MEMORY}
-Example:
-    >>> import torch, fastcalib
-    >>> loss = fastcalib.losses.TruncLoss(drop=0.5, buffer_size=2, reduction="none")
-    >>> logits, target = torch.tensor([[0.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])
-    >>> loss(logits, target)  # nothing remembered yet: everything is kept
-    tensor([0.6931, 9.0001])
-    >>> loss(logits, target)
-    tensor([0.6931, 0.0000])
-"""
+    """The threshold is a quantile of the last ``buffer_size`` losses of *earlier* batches, so that all tokens of a
+    batch are judged alike however the batch is cut, and everything is kept until that many have been seen.
+    Ignored and NaN tokens are not remembered. The memory lives in the module's buffers: ``state_dict`` resumes it, and
+    ``eval()`` freezes it. It is per process, not shared between ranks.
+
+    Args:
+        drop: share of the tokens to drop, in [0, 1]. 0.4 is the authors' default.
+        buffer_size: losses remembered.
+        **options: :class:`Options`.
+
+    Example:
+        >>> import torch, fastcalib
+        >>> loss = fastcalib.losses.TruncLoss(drop=0.5, buffer_size=2, reduction="none")
+        >>> logits, target = torch.tensor([[0.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])
+        >>> loss(logits, target)  # nothing remembered yet: everything is kept
+        tensor([0.6931, 9.0001])
+        >>> loss(logits, target)
+        tensor([0.6931, 0.0000])
+    """
 
     def __init__(self, drop: float = 0.4, buffer_size: int = 10_000, **options: Unpack[Options]) -> None:
         super().__init__(TRUNC, drop, buffer_size, 1.0 - drop, options)
 
 
+@module_of(trunc_r, substitute=False)
 class TruncRLoss(_RunningQuantile):
-    __doc__ = module_doc(trunc_r) + MEMORY
+    """Threshold, memory and arguments are those of :class:`TruncLoss`; what lies below the threshold is dropped."""
 
     def __init__(self, drop: float = 0.4, buffer_size: int = 10_000, **options: Unpack[Options]) -> None:
         super().__init__(TRUNC_R, drop, buffer_size, drop, options)

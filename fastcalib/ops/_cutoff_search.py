@@ -49,6 +49,9 @@ def search(
 
     ``temperature``: K numbers, or one a row, (N,). Masses are those of ``ranks``, float32 sums for float32 and 16-bit
     logits: top-p may decide otherwise than exact arithmetic where the mass above a token is within about 1e-6 of p.
+
+    On an accelerator the host waits for nothing. Temporaries are of (N, K R), but for the masses at every threshold and
+    temperature, (N, K R, K); nothing is of V. Not yet run on a GPU.
     """
     wide = statistics_dtype(logits.dtype)
     several = isinstance(temperature, list)
@@ -73,18 +76,24 @@ def search(
             share[:, :, r] = value
         elif rule in (Rule.MIN_P, Rule.EPSILON, Rule.ETA, Rule.TOP_N_SIGMA):
             border[:, :, r] = _border(rule, value, at, t, top)
+        elif rule is Rule.TOP_K:
+            wanted[:, :, r] = finite.clamp(max=int(min(value, 2**62)))[:, None]
         else:
-            many = int(value) if rule is Rule.TOP_K else sizes if rule is Rule.SIZE_ORACLE else finite
-            wanted[:, :, r] = torch.minimum(torch.as_tensor(many, device=logits.device), finite)[:, None]
+            many = finite if sizes is None or rule is not Rule.SIZE_ORACLE else torch.minimum(sizes, finite)
+            wanted[:, :, r] = many[:, None]
     found = ranks(logits, thresholds=_round_up(border, wide).reshape(rows, -1), backend=backend)
     at_border = (found.n_greater + found.n_equal).reshape(shape)
     wanted = torch.where(border < torch.inf, torch.minimum(at_border, finite[:, None, None]), wanted).clamp(min=1)
     searched = [r for r, (rule, value) in enumerate(rules) if rule is Rule.TOP_P and value < 1]
     if searched:
         # Rounded masses may cross p between two logits: it is their count that says which tokens are kept.
-        near = _bisect(logits, wanted[:, :, searched], share[:, :, searched], asked, top, backend).to(wide)
+        # Column by column: a list of them would be an index to copy to the device, which waits.
+        some, shares = (torch.stack([x[:, :, r] for r in searched], 2) for x in (wanted, share))
+        near = _bisect(logits, some, shares, asked, top, backend).to(wide)
         found = ranks(logits, thresholds=near.reshape(rows, -1), backend=backend)
-        wanted[:, :, searched] = (found.n_greater + found.n_equal).reshape(near.shape).clamp(min=1)
+        at_least = (found.n_greater + found.n_equal).reshape(near.shape).clamp(min=1)
+        for i, r in enumerate(searched):
+            wanted[:, :, r] = at_least[:, :, i]
     threshold = _bisect(logits, wanted, None, asked, top, backend).to(wide)
     threshold = torch.minimum(threshold, top[:, None, None].to(wide))
 
@@ -92,13 +101,15 @@ def search(
     below = ranks(logits, thresholds=flat, temperature=temperature, backend=backend)
     assert below.mass_greater is not None
     mass = _own(below.mass_greater, shape)
-    whole = torch.tensor([rule is Rule.NONE for rule, _ in rules], device=logits.device)
-    kept = torch.where(whole, finite[:, None, None], below.n_greater.reshape(shape))
+    kept = below.n_greater.reshape(shape)
+    for r, (rule, _) in enumerate(rules):
+        if rule is Rule.NONE:
+            threshold[:, :, r], kept[:, :, r], mass[:, :, r] = -torch.inf, finite[:, None], 1.0
     row = defined[:, None, None]
     return (
-        torch.where(row, torch.where(whole, -torch.inf, threshold), torch.nan),
+        torch.where(row, threshold, torch.nan),
         torch.where(row, kept, 0),
-        torch.where(row, torch.where(whole, 1.0, mass), torch.nan).to(wide),
+        torch.where(row, mass, torch.nan).to(wide),
     )
 
 

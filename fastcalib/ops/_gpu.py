@@ -133,6 +133,35 @@ def statistics_backward(
         )  # fmt: skip
 
 
+def linear_fits(hidden: Tensor, weight: Tensor, temperature: Tensor, index: Tensor | None, backend: str) -> bool:
+    """Whether ``linear_statistics_forward`` serves a layer: Triton, and what its kernel is cut for."""
+    if backend != "triton" or hidden.dtype not in DTYPES:
+        return False
+    tokens = 0 if index is None else index.shape[0]
+    return bool(kernels("linear_statistics").serves(hidden, weight, temperature.shape[1], tokens))
+
+
+def linear_statistics_forward(
+    out: tuple[Tensor, ...],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: Tensor,
+    index: Index | None,
+    ignore_index: int,
+    moments: bool,
+) -> None:
+    """Fill the packed results of ``fastcalib::statistics``, without ranks, from a layer whose logits are not stored."""
+    ids, per_row, offsets = (None, 0, None) if index is None else (index.ids, index.per_row, index.offsets)
+    with on_device(hidden):
+        kernels("linear_statistics").forward(
+            out, hidden, weight, None if bias is None else bias.contiguous(), scale, softcap, temperature.contiguous(),
+            None if ids is None else ids.contiguous(), per_row, offsets, ignore_index, moments,
+        )  # fmt: skip
+
+
 def in_one_launch(logits: Tensor, temperature: Tensor, vocab_size: int, backend: str) -> bool:
     """Whether ``statistics_with_gradient`` serves a call: Triton, one temperature, a row for each multiprocessor."""
     return backend == "triton" and bool(

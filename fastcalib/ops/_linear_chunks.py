@@ -1,4 +1,4 @@
-"""The statistics of a linear layer's logits, chunk by chunk, and their gradient."""
+"""The statistics of a linear layer's logits, chunk by chunk or tile by tile, and their gradient."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import extension
 from ..eager.softmax import statistics_dtype
+from . import _gpu
 from ._arguments import DTYPE_CODE, Index
 from ._linear import COLUMNS, FORWARD_BYTES, LEAST_COLUMNS, ROW_BYTES, Gradients, Linear, make_linear, without_autocast
 from ._statistics import ROW_FIELDS, allocate, backward_into, pointer
@@ -62,9 +63,28 @@ def part_of(temperature: Tensor, rows: slice) -> Tensor:
 
 def forward(layer: Linear, temperature: Tensor, request: Request) -> tuple[Tensor, ...]:
     """The statistics, packed as those of the registered operation ``statistics``."""
+    if in_tiles(layer, temperature, request):
+        return _in_tiles(layer, temperature, request)
     if request.backend == "cpp" and not request.ranks:
         return _by_columns(layer, temperature, request)
     return _by_rows(layer, temperature, request)
+
+
+def in_tiles(layer: Linear, temperature: Tensor, request: Request) -> bool:
+    """Whether one kernel makes the logits and adds them up (linear_statistics of the Triton kernels)."""
+    ids = None if request.index is None else request.index.ids
+    return not request.ranks and _gpu.linear_fits(layer.hidden, layer.weight, temperature, ids, request.backend)
+
+
+def _in_tiles(layer: Linear, temperature: Tensor, request: Request) -> tuple[Tensor, ...]:
+    index = request.index
+    stand_in = layer.hidden.new_empty(()).expand(layer.n_rows, layer.width)
+    out = allocate(stand_in, temperature, None if index is None else index.ids, False)
+    _gpu.linear_statistics_forward(
+        out, layer.hidden, layer.weight, layer.bias, layer.scale, layer.softcap, temperature, index,
+        request.ignore_index, request.moments,
+    )  # fmt: skip
+    return out
 
 
 def _by_columns(layer: Linear, temperature: Tensor, request: Request) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class RowCutoffs:
-    """(N, K, R) each, but for keeps (nnz, K, R) and total_counts (N,)."""
+    """(N, K, R) each, but for keeps (nnz, K, R), total_counts (N,) and what belongs to tokens."""
 
     threshold: Tensor
     kept: Tensor
@@ -44,12 +44,20 @@ class RowCutoffs:
     valid_mass: Tensor | None = None
     kept_counts: Tensor | None = None  # float64
     total_counts: Tensor | None = None  # float64 (N,)
+    # With tokens: of each valid one how many lie above it (-1 next to a NaN) and are tied with it, and its logit less
+    # the row's maximum, (nnz,); logsumexp of these differences over T, and the entropy, (N, K); all but counts float64.
+    n_greater: Tensor | None = None
+    n_equal: Tensor | None = None
+    below: Tensor | None = None
+    log_norm: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 LIBRARY.define(
     "cutoffs(Tensor logits, Tensor temperature, Tensor rules, bool last, Tensor? values, Tensor? offsets, "
-    "Tensor? counts, bool valid, SymInt vocab_size) -> (Tensor threshold, Tensor kept, Tensor kept_mass, Tensor keeps, "
-    "Tensor kept_valid, Tensor valid_mass, Tensor kept_counts, Tensor total_counts)"
+    "Tensor? counts, bool valid, SymInt vocab_size, bool tokens=False) -> (Tensor threshold, Tensor kept, "
+    "Tensor kept_mass, Tensor keeps, Tensor kept_valid, Tensor valid_mass, Tensor kept_counts, Tensor total_counts, "
+    "Tensor n_greater, Tensor n_equal, Tensor below, Tensor log_norm, Tensor entropy)"
 )
 
 
@@ -63,9 +71,11 @@ def _allocate(
     counts: Tensor | None,
     valid: bool,
     vocab_size: int,
+    tokens: bool = False,
 ) -> tuple[Tensor, ...]:
     rows, wide = logits.shape[:-1].numel(), statistics_dtype(logits.dtype)
-    shape = (rows, temperature.shape[1], rules.shape[0])
+    k = temperature.shape[1]
+    shape = (rows, k, rules.shape[0])
     nnz = values.shape[0] if values is not None and valid else 0
     of_sets = shape if valid else (0, *shape[1:])
     new = logits.new_empty
@@ -73,6 +83,9 @@ def _allocate(
         new(shape, dtype=wide), new(shape, dtype=torch.int64), new(shape, dtype=wide),
         new((nnz, *shape[1:]), dtype=torch.bool), new(of_sets, dtype=torch.int64), new(of_sets, dtype=wide),
         new(of_sets, dtype=torch.float64), new(of_sets[:1], dtype=torch.float64),
+        new(nnz if tokens else 0, dtype=torch.int64), new(nnz if tokens else 0, dtype=torch.int64),
+        new(nnz if tokens else 0, dtype=torch.float64), new(rows if tokens else 0, k, dtype=torch.float64),
+        new(rows if tokens else 0, k, dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -86,12 +99,13 @@ def _forward(
     counts: Tensor | None,
     valid: bool,
     vocab_size: int,
+    tokens: bool = False,
 ) -> tuple[Tensor, ...]:
-    out = _allocate(logits, temperature, rules, last, values, offsets, counts, valid, vocab_size)
+    out = _allocate(logits, temperature, rules, last, values, offsets, counts, valid, vocab_size, tokens)
     layout = row_layout(logits)
     temperature, rules = temperature.contiguous(), rules.contiguous()
     counts = None if counts is None else counts.to(torch.float64).contiguous()
-    threshold, kept, mass, keeps, kept_valid, valid_mass, kept_counts, total_counts = (t.data_ptr() for t in out)
+    threshold, kept, mass, *of_sets = (t.data_ptr() for t in out[:8])
     bad = extension().cutoffs(
         *layout.args(),
         vocab_size,
@@ -108,11 +122,9 @@ def _forward(
         kept,
         mass,
         valid,
-        keeps,
-        kept_valid,
-        valid_mass,
-        kept_counts,
-        total_counts,
+        *of_sets,
+        tokens,
+        *(t.data_ptr() for t in out[8:]),
         torch.get_num_threads(),
     )
     if bad >= 0:
@@ -126,7 +138,7 @@ def _setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
 
 
 def _autograd(ctx: object, *_: object) -> tuple:
-    return (None,) * 9  # which tokens are kept has no gradient
+    return (None,) * 10  # which tokens are kept has no gradient
 
 
 LIBRARY.impl("cutoffs", _forward, "CPU")
@@ -145,8 +157,9 @@ def cutoffs(
     last: bool,
     width: int,
     backend: str,
+    tokens: bool = False,
 ) -> RowCutoffs:
-    """See :func:`fastcalib.decoding.cutoffs`, which checks the arguments."""
+    """See :func:`fastcalib.decoding.cutoffs`, which checks the arguments. ``tokens``: on the C++ backend alone."""
     backend = resolve(backend, logits.device, logits.dtype, "cutoffs")
     temperatures, _ = normalise_temperature(temperature, logits)
     if backend == "cpp":
@@ -154,10 +167,11 @@ def cutoffs(
         if sets is not None:
             normalise_index(sets, logits, "sets")
         coded = torch.tensor([(int(rule), value) for rule, value in rules], dtype=torch.float64)
+        valid = valid and sets is not None
         out = torch.ops.fastcalib.cutoffs(
-            logits, temperatures.detach(), coded, last, values, offsets, counts, valid and sets is not None, width
+            logits, temperatures.detach(), coded, last, values, offsets, counts, valid, width, valid and tokens
         )
-        return RowCutoffs(*(out if valid and sets is not None else out[:3]))
+        return RowCutoffs(*(out[: 13 if valid and tokens else 8 if valid else 3]))
     flat = _several(temperature, temperatures, logits)
     rows = logits[..., :width].detach().reshape(-1, width)
     sizes = ids = None

@@ -106,9 +106,12 @@ def linear_statistics(
 
     The logits are ``c tanh(s (hidden weight^T + bias) / c)`` with c the softcap and s the scale, rounded to the dtype
     of the layer as they would be. On a CPU they are made 8,192 columns at a time and read while in the cache; with
-    ``ranks``, on other backends and going backward (which makes them again), some rows at a time. On an accelerator the
-    latter path runs on the library's matrix product and the backend's kernels; not yet run on a GPU. torch.compile
-    breaks its graph here. Rows without a token to look at are left out of the product (on a CPU).
+    ``ranks``, on other backends and going backward (which makes them again), some rows at a time. On a GPU one Triton
+    kernel makes tiles of them and adds each up in registers, without ``ranks``, for at most 4 temperatures and 16
+    selected tokens a row, where D is a multiple of 16 and so are the strides of rows; else, and going backward, some
+    rows at a time through the library's matrix product and the backend's kernels. Not yet run on a GPU. torch.compile
+    breaks its graph here. Rows without a token to look at are left out of the product (on a CPU; on a GPU, whole tiles
+    of 128 or 64 such rows).
 
     Args:
         hidden: (*, D), float32, bfloat16, float16 or float64; any strides. Under autocast the product is in its dtype.

@@ -63,6 +63,10 @@ class Run:
         return {int(u): {key: column[part] for key, column in columns.items()} for u, part in zip(wanted, parts)}
 
     @cached_property
+    def model(self) -> str:
+        return str(self.facts.model.get("name") or self.folder.name)
+
+    @cached_property
     def task(self) -> str:
         return str(self.facts.task.get("name") or "")
 
@@ -82,15 +86,13 @@ class Run:
         return {} if trie is None else dict(zip(trie["node"].tolist(), trie["depth"].tolist()))
 
 
-def np_array(values: Sequence[int]) -> Any:
-    """int64, as pyarrow wants its sets."""
-    import pyarrow as pa
-
-    return pa.array(values, pa.int64())
+def counts_of(trie: Columns, nodes: np.ndarray) -> np.ndarray:
+    """The answers below some nodes (a table of the trie is in order of its nodes)."""
+    return trie["count"][np.searchsorted(trie["node"], nodes)].astype(float)
 
 
 def read_runs(folders: Iterable[Path | str]) -> list[Run]:
-    """Open the runs and label them: the model's name, and the task's where the runs differ in it.
+    """Open the runs and label them by what they differ in: the model, the task, else the folder.
 
     Raises:
         FileNotFoundError: a folder is not a run.
@@ -108,15 +110,27 @@ def read_runs(folders: Iterable[Path | str]) -> list[Run]:
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / 'run.json'} cannot be read ({error}); run `fastcalib diagnose` again") from error
         runs.append(Run(path, facts))
+    several_models = len({run.model for run in runs}) > 1
     several_tasks = len({run.task for run in runs}) > 1
+    folders_of = dict(zip((run.folder for run in runs), _tails([run.folder.resolve() for run in runs])))
     for run in runs:
-        name = str(run.facts.model.get("name") or run.folder.name)
-        run.label = f"{name} · {run.task}" if several_tasks and run.task else name
+        parts = [run.model] if several_models else []
+        parts += [run.task] if several_tasks and run.task else []
+        run.label = " · ".join(parts) or (run.model if len(runs) == 1 else folders_of[run.folder])
     repeated = {label for label, times in Counter(run.label for run in runs).items() if times > 1}
     for run in runs:
         if run.label in repeated:
-            run.label = f"{run.label} ({run.folder.name})"
+            run.label = f"{run.label} ({folders_of[run.folder]})"
     return runs
+
+
+def _tails(paths: Sequence[Path]) -> list[str]:
+    """The last names of each path, as many as tell all of them apart."""
+    for length in range(1, max(len(path.parts) for path in paths)):
+        tails = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(tails)) == len(tails):
+            return tails
+    return [str(path) for path in paths]
 
 
 @dataclass
@@ -130,10 +144,15 @@ class Prefix:
 
 @dataclass
 class PrefixSample:
-    """Prefixes in order of depth, then of the number of answers below; ``total`` is how many the largest run has."""
+    """Prefixes in order of depth, then of the number of answers below; ``totals``: how many each run has."""
 
     prefixes: list[Prefix]
-    total: int
+    totals: list[int]
+
+    @property
+    def total(self) -> int:
+        """How many the largest run has."""
+        return max(self.totals, default=0)
 
 
 def sample_prefixes(runs: Sequence[Run], limit: int = MAX_PREFIXES) -> PrefixSample:
@@ -144,16 +163,17 @@ def sample_prefixes(runs: Sequence[Run], limit: int = MAX_PREFIXES) -> PrefixSam
     """
     found: dict[tuple[str, int], Prefix] = {}
     weight: dict[tuple[str, int], int] = {}
-    total = 0
+    totals = []
     share = max(limit // max(sum(run.table("trie") is not None for run in runs), 1), 1)
     nodes_of: list[dict[tuple[str, int], int]] = []
     for run in runs:
         nodes_of.append({})
         trie = run.table("trie")
         if trie is None:
+            totals.append(0)
             continue
         inner = np.unique(trie["parent"][trie["parent"] >= 0])
-        total = max(total, len(inner))
+        totals.append(len(inner))
         rows = np.flatnonzero(np.isin(trie["node"], inner))
         times: Counter[str] = Counter()
         key_of = {}
@@ -169,7 +189,7 @@ def sample_prefixes(runs: Sequence[Run], limit: int = MAX_PREFIXES) -> PrefixSam
     for key, prefix in found.items():
         prefix.nodes = [nodes.get(key) for nodes in nodes_of]
     keys = sorted(found, key=lambda key: (found[key].depth, -weight[key], key))
-    return PrefixSample([found[key] for key in keys], total)
+    return PrefixSample([found[key] for key in keys], totals)
 
 
 def _most_answers(trie: Columns, rows: np.ndarray, limit: int) -> list[int]:

@@ -12,12 +12,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..storage import whole_file
 from . import prefix_figures
+from .labels import Labels
 from .style import GREY, INK, STYLE, colour, facets, log_axis, name_runs, share_axis
 
 Payload = dict[str, Any]
@@ -67,59 +69,53 @@ def _most(values: Iterable[float | None]) -> float:
 
 
 def val_div(payload: Payload) -> Figure:
-    """Validity against diversity, a chart for each family of rules; each line is a rule, each dot a temperature."""
+    """Validity against diversity, a chart for each run and family; each line is a rule, each dot a temperature."""
     found = _present(payload["sequence"])
-    reference = {"no cutoff": ":", "size oracle": "--"}
+    reference = {"no cutoff": (":", GREY), "size oracle": ("--", INK)}
     families = [f for f in dict.fromkeys(e["family"] for _, entries in found for e in entries) if f not in reference]
     most, highest = (
         _most(v for _, entries in found for e in entries for v in e[key]) for key in ("diversity", "validity")
     )
-    figure, axes = facets(families or ["no cutoff and size oracle"])
-    for family, ax in zip(families or [None], axes):
-        for run, entries in found:
-            own = [e for e in entries if e["family"] == family]
-            for entry in entries:
-                x, y = _floats(entry["diversity"]), _floats(entry["validity"])
-                if entry["family"] in reference:
-                    lone = len(payload["runs"]) == 1
-                    tone = (INK if entry["family"] == "size oracle" else GREY) if lone else colour(run)
-                    label = entry["label"] if run == found[0][0] else None
-                    ax.plot(x, y, reference[entry["family"]], color=tone, lw=1, marker=".", ms=3, label=label)
-                elif entry["family"] == family:
-                    alpha = 0.4 + 0.6 * (own.index(entry) + 1) / len(own)
-                    ax.plot(x, y, color=colour(run), alpha=alpha, marker="o", ms=3)
-                    text = f"{entry['parameter']:g}" if entry["parameter"] is not None else entry["label"]
-                    ax.annotate(text, (x[-1], y[-1]), (4, 2), textcoords="offset points", fontsize=7, color=colour(run))
+    charts = [(family, run, entries) for family in families or ["no cutoff and size oracle"] for run, entries in found]
+    lone = len(found) == 1
+    titles = [family if lone else f"{payload['runs'][run]}: {family}" for family, run, _ in charts]
+    figure, axes = facets(titles, columns=None if lone else min(len(found), 3))
+    labels = Labels()
+    for (family, run, entries), ax in zip(charts, axes):
+        own = [e for e in entries if e["family"] == family]
+        for entry in entries:
+            points = list(zip(_floats(entry["diversity"]), _floats(entry["validity"])))
+            x, y = zip(*points)
+            if entry["family"] in reference:
+                dash, tone = reference[entry["family"]]
+                ax.plot(x, y, dash, color=tone, lw=1, marker=".", ms=3, label=entry["label"])
+            elif entry["family"] == family:
+                alpha = 0.4 + 0.6 * (own.index(entry) + 1) / len(own)
+                ax.plot(x, y, color=colour(run), alpha=alpha, marker="o", ms=3)
+                text = f"{entry['parameter']:g}" if entry["parameter"] is not None else entry["label"]
+                drawn = [p for p in reversed(points) if np.isfinite(p).all()]
+                labels.add(ax, text, drawn[:1] + drawn[-1:] + drawn[1:-1], colour(run))
         share_axis(ax, "y", highest)
-        ax.set_xlim(0, 1.08 * most)
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        share_axis(ax, "x", min(most, 0.4) if most <= 0.4 else 1.0)
         ax.set(xlabel="diversity: share of the answers", ylabel="validity")
         ax.legend(loc="upper right")
-    name_runs(figure, payload["runs"])
+    labels.place(figure)
     return figure
 
 
 def over_temperature(payload: Payload) -> Figure:
     """Validity and diversity without a cutoff and with the size oracle."""
     figure, axes = facets(["validity", "diversity of the valid samples"])
+    dashes = {"none": "-", "size_oracle": "--"}
+    lines = [(run, e) for run, entries in _present(payload["sequence"]) for e in entries if e["rule"] in dashes]
     for ax, key in zip(axes, ("validity", "diversity")):
-        for run, entries in _present(payload["sequence"]):
-            for rule, dash in (("none", "-"), ("size_oracle", "--")):
-                for entry in (e for e in entries if e["rule"] == rule):
-                    label = entry["label"] if run == 0 else None
-                    ax.plot(
-                        entry["temperature"],
-                        _floats(entry[key]),
-                        dash,
-                        color=colour(run),
-                        marker="o",
-                        ms=3,
-                        label=label,
-                    )
-        lines = [
-            e for _, entries in _present(payload["sequence"]) for e in entries if e["rule"] in ("none", "size_oracle")
-        ]
-        share_axis(ax, "y", _most(v for entry in lines for v in entry[key]))
+        for run, entry in lines:
+            ax.plot(
+                entry["temperature"], _floats(entry[key]), dashes[entry["rule"]], color=colour(run), marker="o", ms=3
+            )
+        for rule, label in {entry["rule"]: entry["label"] for _, entry in lines}.items():
+            ax.plot([], [], dashes[rule], color=GREY, label=label)
+        share_axis(ax, "y", _most(v for _, entry in lines for v in entry[key]))
         ax.set(xlabel="temperature", ylabel=key)
         ax.legend()
     name_runs(figure, payload["runs"])
@@ -134,6 +130,7 @@ def frontier(payload: Payload) -> Figure:
         "all prefixes" if d is None else f"after {d} token{'s' * (d != 1)}" if d else "first token" for d in depths
     ]
     figure, axes = facets(titles)
+    labels = Labels(size=8)
     for depth, ax in zip(depths, axes):
         for run, groups in found:
             for group in (g for g in groups if g["depth"] == depth):
@@ -142,10 +139,13 @@ def frontier(payload: Payload) -> Figure:
                 ax.plot(payload["grid"], curve["mean"], color=colour(run))
                 precision, recall, _ = group["oracle"]
                 ax.plot([recall], [precision], "D", color=colour(run), mec="white", ms=6, zorder=4)
+                if run == found[0][0]:
+                    labels.add(ax, "size oracle", [(recall, precision)], colour(run))
         share_axis(ax, "x")
         share_axis(ax, "y")
-        ax.set(xlabel="recall of answers", ylabel="precision")
+        ax.set(xlabel="recall of answers", ylabel="precision of the best cutoff")
     name_runs(figure, payload["runs"])
+    labels.place(figure)
     return figure
 
 
@@ -153,6 +153,7 @@ def rules(payload: Payload) -> Figure:
     """Where each rule lands, at the temperature nearest 1, beside the mean frontier."""
     found = _present(payload["rules"])
     figure, axes = facets([payload["runs"][run] for run, _ in found], size=(5.4, 4.2))
+    labels = Labels()
     for (run, table), ax in zip(found, axes):
         i = min(range(len(table["temperatures"])), key=lambda k: abs(table["temperatures"][k] - 1))
         groups = payload["frontiers"][run]
@@ -163,11 +164,13 @@ def rules(payload: Payload) -> Figure:
             if x is None or y is None:
                 continue
             oracle = row["family"] == "size oracle"
-            ax.plot([x], [y], "D" if oracle else "o", color=INK if oracle else colour(run), ms=6, mec="white")
-            ax.annotate(row["label"], (x, y), (5, 3), textcoords="offset points", fontsize=7, color="#44484D")
+            marker, tone = ("D", INK) if oracle else ("o", colour(run))
+            ax.plot([x], [y], marker, color=tone, ms=6, mec="white", zorder=3 + oracle)
+            labels.add(ax, row["label"], [(x, y)], "#44484D")
         share_axis(ax, "x")
         share_axis(ax, "y")
         ax.set(xlabel=f"recall of answers, T = {table['temperatures'][i]:g}", ylabel="precision")
+    labels.place(figure)
     return figure
 
 
@@ -210,19 +213,26 @@ def compounding(payload: Payload) -> Figure:
     }
     found = _present(payload["compounding"])
     figure, axes = facets([*names.values()])
+    chosen, other = "", "others, all runs" if len(found) > 1 else "others"
     for key, ax in zip(names, axes):
         for run, entries in found:
             nearest = min({e["temperature"] for e in entries}, key=lambda t: abs(t - 1))
-            chosen = "size_oracle" if any(e["rule"] == "size_oracle" for e in entries) else entries[0]["rule"]
+            rule = "size_oracle" if any(e["rule"] == "size_oracle" for e in entries) else entries[0]["rule"]
             for entry in (e for e in entries if e["temperature"] == nearest):
                 y = _floats(entry[key])
-                if entry["rule"] == chosen:
+                if entry["rule"] == rule:
                     ax.plot(entry["token"], y, color=colour(run), lw=2, marker="o", zorder=3)
+                    chosen = f"{entry['label']}, T = {nearest:g}"
                 else:
                     ax.plot(entry["token"], y, color="#BDBDB8", lw=0.8)
-        share_axis(ax, "y")
+        values = [v for _, entries in found for e in entries for v in e[key]]
+        share_axis(ax, "y", _most(values) if key.endswith("product") else 1.0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="token of the answer")
+    tone = colour(found[0][0]) if len(found) == 1 else INK
+    axes[0].plot([], [], color=tone, lw=2, marker="o", label=chosen)
+    axes[0].plot([], [], color="#BDBDB8", lw=0.8, label=other)
+    axes[0].legend(loc="best")
     name_runs(figure, payload["runs"])
     return figure
 

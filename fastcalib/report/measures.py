@@ -1,4 +1,4 @@
-"""What the page draws, worked out from the tables of one run: means over prefixes with their spread, frontiers, curves.
+"""What the page draws, worked out from the tables of one run: means over prefixes with their spread, and curves.
 
 Every function returns None where the run lacks the table. Numbers are rounded to five digits for the page alone.
 """
@@ -10,11 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .data import MAX_HEAD, MAX_VALID, Columns, Prefix, Run, number, numbers, spread
+from .data import MAX_HEAD, MAX_VALID, Columns, Prefix, Run, counts_of, number, numbers, spread
 
-# Recall at which a frontier is read, and the most depths that are drawn apart.
-GRID = np.linspace(0, 1, 51)
-MAX_DEPTHS = 5
 SHAPE_MEASURES = ("kl", "kl_valid", "valid_mass", "evenness", "entropy", "expected_distinct")
 _FAMILIES = {
     "none": "no cutoff",
@@ -100,67 +97,6 @@ def running_product(factors: np.ndarray) -> np.ndarray:
     return np.cumprod(np.where(ended, 0.0, factors))
 
 
-def frontier(n_greater: np.ndarray, n_equal: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Precision, recall by weight and recall by tokens of the cutoffs at each valid token's logit, the narrowest first.
-
-    A cutoff keeps every token at or above it, so tied tokens come in together.
-    """
-    order = np.argsort(n_greater, kind="stable")
-    kept = (n_greater + n_equal + 1)[order]
-    last = np.append(kept[1:] != kept[:-1], True)
-    hits = np.arange(1, len(kept) + 1)
-    recall = np.cumsum(weight[order]) / weight.sum()
-    return hits[last] / kept[last], recall[last], hits[last] / len(kept)
-
-
-def best_precision(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
-    """At each recall of the grid, the best precision of the cutoffs that keep at least so much."""
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    return best[np.minimum(np.searchsorted(recall, GRID - 1e-9), len(best) - 1)]
-
-
-def frontiers(run: Run) -> list[dict[str, Any]] | None:
-    """The frontier of all prefixes and of each depth: mean and quartiles, and where the size oracle cuts."""
-    table, trie = run.table("valid"), run.table("trie")
-    if table is None or trie is None:
-        return None
-    nodes, by_answers, by_tokens, oracle = [], [], [], []
-    r_precision = _by_node(run.table("order"), "r_precision")
-    for node, rows in groups(table["node"]):
-        n_greater, n_equal = table["n_greater"][rows], table["n_equal"][rows]
-        if n_greater.min() < 0:  # a row with NaN among its logits has no order
-            continue
-        weight = counts_of(trie, table["child"][rows])
-        precision, recall, token_recall = frontier(n_greater, n_equal, weight)
-        nodes.append(node)
-        by_answers.append(best_precision(precision, recall))
-        by_tokens.append(best_precision(precision, token_recall))
-        kept = n_greater < len(rows)  # at or above the |G|-th largest logit
-        oracle.append((r_precision.get(node, kept.mean()), weight[kept].sum() / weight.sum(), kept.mean()))
-    if not nodes:
-        return None
-    depths = np.array([run.depth_of[node] for node in nodes])
-    present = np.unique(depths)
-    if len(present) > MAX_DEPTHS:
-        present = present[np.linspace(0, len(present) - 1, MAX_DEPTHS).round().astype(int)]
-    chosen = [(None, np.ones(len(nodes), bool)), *((int(d), depths == d) for d in present)]
-    return [
-        {
-            "depth": depth,
-            "prefixes": int(mask.sum()),
-            "answers": _mean_and_quartiles(np.array(by_answers)[mask]),
-            "tokens": _mean_and_quartiles(np.array(by_tokens)[mask]),
-            "oracle": numbers(np.array(oracle, dtype=float)[mask].mean(0)),
-        }
-        for depth, mask in chosen
-    ]
-
-
-def _mean_and_quartiles(curves: np.ndarray) -> dict[str, Any]:
-    low, high = np.quantile(curves, [0.25, 0.75], axis=0)
-    return {"mean": numbers(curves.mean(0), 4), "low": numbers(low, 4), "high": numbers(high, 4)}
-
-
 def rules(run: Run) -> dict[str, Any] | None:
     """What each rule keeps at each temperature: means over prefixes, those left out where the number is not defined."""
     table = run.table("cutoffs")
@@ -206,7 +142,11 @@ def order(run: Run) -> dict[str, Any] | None:
 
 
 def shape(run: Run) -> dict[str, Any] | None:
-    """Shape scalars over temperature: mean and quartiles; distinct tokens are a share of the valid ones."""
+    """Shape scalars over temperature: mean and quartiles; distinct tokens are a share of the valid ones.
+
+    Where one token alone is valid there is nothing to spread: distance among the valid tokens and evenness are means
+    over the other prefixes.
+    """
     table = run.table("shape")
     if table is None:
         return None
@@ -214,14 +154,18 @@ def shape(run: Run) -> dict[str, Any] | None:
     sizes = _by_node(run.table("order"), "valid")
     if not sizes and (valid := run.table("valid")) is not None:
         sizes = dict(zip(*(part.tolist() for part in np.unique(valid["node"], return_counts=True))))
+    size = np.array([sizes.get(node, np.nan) for node in table["node"].tolist()])
     measures: dict[str, Any] = {}
     for key in SHAPE_MEASURES:
         values = table[key].astype(float)
         if key == "expected_distinct":
-            values = values / np.array([sizes.get(node, np.nan) for node in table["node"].tolist()])
+            values = values / size
+        if key in ("kl_valid", "evenness"):
+            values = np.where(size == 1, np.nan, values)
         columns = zip(*(spread(values[table["temperature"] == t]) for t in temperatures))
         measures[key] = {name: numbers(column) for name, column in zip(("mean", "low", "high"), columns)}
-    return {"temperatures": numbers(temperatures), "measures": measures}
+    nodes = [len(np.unique(table["node"][mask])) for mask in (size != 1, np.ones(len(size), bool))]
+    return {"temperatures": numbers(temperatures), "measures": measures, "choices": nodes[0], "prefixes": nodes[1]}
 
 
 def reliability(run: Run) -> list[dict[str, Any]] | None:
@@ -294,18 +238,6 @@ def _head(rows: Columns) -> dict[str, Any]:
 
 def _first_row(rows: Columns | None) -> dict[str, Any] | None:
     return None if rows is None else {key: number(column[0]) for key, column in rows.items() if key != "node"}
-
-
-def groups(keys: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Each distinct key and the rows that have it."""
-    order = np.argsort(keys, kind="stable")
-    distinct, first = np.unique(keys[order], return_index=True)
-    return list(zip(distinct.tolist(), np.split(order, first[1:])))
-
-
-def counts_of(trie: Columns, nodes: np.ndarray) -> np.ndarray:
-    """The answers below some nodes (a table of the trie is in order of its nodes)."""
-    return trie["count"][np.searchsorted(trie["node"], nodes)].astype(float)
 
 
 def _by_node(table: Columns | None, key: str) -> dict[int, float]:

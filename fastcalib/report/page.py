@@ -12,12 +12,13 @@ from typing import Any
 from ..storage import whole_file
 from . import measures
 from .data import PrefixSample, Run, numbers, read_runs, sample_prefixes
+from .frontiers import GRID, frontiers
 from .headlines import headlines
 from .tables import all_tables
 
 _MEASURES = {
     "sequence": measures.sequence,
-    "frontiers": measures.frontiers,
+    "frontiers": frontiers,
     "order": measures.order,
     "rules": measures.rules,
     "shape": measures.shape,
@@ -63,7 +64,7 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Any], PrefixSample]:
     payload: dict[str, Any] = {name: [make(run) for run in runs] for name, make in _MEASURES.items()}
     payload["runs"] = [run.label for run in runs]
     payload["answers"] = [run.answers for run in runs]
-    payload["grid"] = numbers(measures.GRID)
+    payload["grid"] = numbers(GRID)
     payload["precision"] = next((p for run in runs if (p := run.facts.options.get("precision"))), 0.8)
     payload["draws"] = next((d for run in runs if (d := run.facts.options.get("draws"))), None)
     payload["prefixes"] = [{"text": prefix.text, "depth": prefix.depth} for prefix in sample.prefixes]
@@ -91,14 +92,13 @@ def render(runs: Sequence[Run], payload: dict[str, Any], sample: PrefixSample) -
         subtitle=_subtitle(runs, sample),
         prompts=list(dict.fromkeys(str(run.facts.task["prompt"]) for run in runs if run.facts.task.get("prompt"))),
         runs=runs,
-        headlines=headlines(runs),
+        headlines=headlines(runs, payload),
         tables=all_tables(runs, payload, sample),
         absent=_absent(runs),
         has_prefixes=any(entry for entries in payload["details"] for entry in entries),
         sampled=f"To choose from: {shown:,} of {sample.total:,} prefixes, those with the most answers at each depth."
         if shown < sample.total
         else "",
-        shape_note="Prefixes whose value is not finite are left out of the means.",
         version=metadata.version("fastcalib"),
         folders=", ".join(str(run.folder) for run in runs),
         payload=Markup(script_json(payload)),
@@ -121,9 +121,16 @@ def script_json(value: Any) -> str:
 
 
 def _title(runs: Sequence[Run], tasks: Sequence[str]) -> str:
-    names = list(dict.fromkeys(str(run.facts.model.get("name") or run.folder.name) for run in runs))
-    joined = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
-    return f"{joined} on {', '.join(tasks)}" if tasks else f"{joined}: calibration"
+    joined = _list(list(dict.fromkeys(run.model for run in runs)))
+    return f"{joined} on {_list(list(tasks))}" if tasks else f"{joined}: calibration"
+
+
+def _list(names: Sequence[str]) -> str:
+    """
+    >>> _list(["a", "b", "c"])
+    'a, b and c'
+    """
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _subtitle(runs: Sequence[Run], sample: PrefixSample) -> str:
@@ -133,9 +140,14 @@ def _subtitle(runs: Sequence[Run], sample: PrefixSample) -> str:
     kind = "Every next-token distribution on the way to"
     several = len({other.task for other in runs}) > 1
     what = "the valid answers of each task" if several else f"one of {run.answers:,} valid answers"
-    return f"{kind} {what}: {sample.total:,} prefixes, each looked at in full." + (
-        " The question asked:" if run.facts.task.get("prompt") else ""
-    )
+    counts = list(dict.fromkeys(_looked_at(run, total) for run, total in zip(runs, sample.totals) if total))
+    asked = " The question asked:" if any(run.facts.task.get("prompt") for run in runs) else ""
+    return f"{kind} {what}{f': {_list(counts)} prefixes' if counts else ''}.{asked}"
+
+
+def _looked_at(run: Run, total: int) -> str:
+    looked = int(run.facts.options.get("prefixes") or total)
+    return f"{total:,}" if looked >= total else f"{looked:,} of {total:,}"
 
 
 def _absent(runs: Sequence[Run]) -> dict[str, list[tuple[str, dict[str, str]]]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .labels import Labels
 from .style import GREY, INK, colour, facets, log_axis
 from .tables import visible
 
@@ -28,7 +29,7 @@ def ranks(payload: Payload) -> Figure:
     """Each valid token at its rank; below, the invalid ones at the head and the place where the size oracle cuts."""
     found = _details(payload, "valid")
     figure, (ax,) = facets(["Ranks of the valid first tokens"], size=(9, 1.1 + 1.1 * len(found)))
-    most = 10
+    most, labels = 10, Labels()
     for lane, (run, entry) in enumerate(reversed(found)):
         valid, top = entry["valid"], entry["top"]
         at = [g + 1 for g in valid["greater"]]
@@ -38,17 +39,15 @@ def ranks(payload: Payload) -> Figure:
             invalid = [p + 1 for p, ok in zip(top["position"], top["valid"]) if not ok]
             ax.plot(invalid, [lane - 0.33] * len(invalid), "|", color=GREY, ms=8, mew=1)
         ax.plot([valid["total"]], [lane - 0.33], "D", color=INK, ms=4)
-        last = 0.0
         for text, x in zip(valid["text"], at):
-            if not last or math.log10(x / last) > 0.11:
-                ax.annotate(visible(text)[:12], (x, lane), (0, 12), textcoords="offset points", fontsize=7, ha="center")
-                last = x
+            labels.add(ax, visible(text)[:12], [(x, lane)], "#44484D", above=True)
     log_axis(ax, "x")
     ax.set_xlim(0.9, most * 1.3)
     ax.set_ylim(-0.6, len(found) - 0.3)
     ax.set_yticks(range(len(found)), [payload["runs"][run] for run, _ in reversed(found)])
     ax.set_xlabel("rank among all tokens; diamond: the number of valid tokens")
     ax.grid(axis="y", visible=False)
+    labels.place(figure)
     return figure
 
 

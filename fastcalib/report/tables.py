@@ -23,6 +23,13 @@ ORDER_MEASURES: dict[str, tuple[str, Format]] = {
     "auroc": ("AUROC", plain),
     "order_calibrated": ("order-calibrated", percent),
 }
+# What the runs can differ in, in words.
+DIFFERENCES = {
+    "answers": "valid answers",
+    "max_depth": "tokens of the longest answer",
+    "end_token": "an answer ends with",
+    "style": "the question is put as",
+}
 
 
 @dataclass
@@ -81,6 +88,7 @@ def all_tables(runs: Sequence[Run], payload: dict[str, Any], sample: PrefixSampl
         "calibration": _calibration(runs),
         "cost": _cost(runs),
         "facts": _facts(runs),
+        "differences": differences(runs),
     }
 
 
@@ -118,7 +126,7 @@ def _frontier(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         {(_group(g["depth"]), percent(grid[i])): _at(g["answers"], i, [*measures]) for g in found or () for i in steps}
         for found in payload["frontiers"]
     ]
-    return compare("Best precision at a recall of answers", runs, ["prefixes", "recall at least"], measures, values)
+    return compare("Best precision at a recall of answers", runs, ["depth", "recall at least"], measures, values)
 
 
 def _order(runs: Sequence[Run], payload: dict[str, Any], by_depth: bool) -> Table | None:
@@ -133,7 +141,7 @@ def _order(runs: Sequence[Run], payload: dict[str, Any], by_depth: bool) -> Tabl
         return compare(
             "Order: means over prefixes", runs, [], counted, [v and {(): v[(_group(None),)]} for v in values]
         )
-    return compare("Order: means over prefixes", runs, ["prefixes"], counted, values)
+    return compare("Order: means over prefixes", runs, ["depth"], counted, values)
 
 
 def _rules(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
@@ -175,8 +183,8 @@ def _shape(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
     measures: dict[str, tuple[str, Format]] = {
         "valid_mass": ("valid mass", percent),
         "kl": ("KL(w || p), nats", plain),
-        "kl_valid": ("KL among the valid, nats", plain),
-        "evenness": ("evenness", percent),
+        "kl_valid": ("KL among the valid, nats *", plain),
+        "evenness": ("evenness *", percent),
         "expected_distinct": ("distinct valid tokens drawn", percent),
         "entropy": ("entropy, nats", plain),
     }
@@ -189,7 +197,7 @@ def _shape(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
         else None
         for found in payload["shape"]
     ]
-    return compare("Shape: means over prefixes", runs, ["T"], measures, values)
+    return compare("Shape: means over prefixes; * over those with several valid tokens", runs, ["T"], measures, values)
 
 
 def _compounding(runs: Sequence[Run], payload: dict[str, Any]) -> Table | None:
@@ -229,9 +237,9 @@ def _calibration(runs: Sequence[Run]) -> Table | None:
         "perplexity": ("perplexity", plain),
         "accuracy": ("accuracy", percent),
         "brier": ("Brier score", plain),
-        "ece": ("ECE", percent),
-        "mce": ("MCE", percent),
-        "full_ece": ("Full-ECE", percent),
+        "ece": ("expected calibration error (ECE)", percent),
+        "mce": ("greatest error of a bin (MCE)", percent),
+        "full_ece": ("error over every token of the vocabulary (Full-ECE)", percent),
         "mean_entropy": ("mean entropy, nats", plain),
         "temperature": ("temperature of least NLL", plain),
         "text": ("text", str),
@@ -266,9 +274,28 @@ def _facts(runs: Sequence[Run]) -> Table:
     for group in ("model", "task", "options", "versions"):
         values = [getattr(run.facts, group) for run in runs]
         for key in dict.fromkeys(key for value in values for key in value):
-            rows.append([f"{group}: {key}".replace("_", " "), *(as_text(value.get(key)) for value in values)])
+            cells = [as_text(value.get(key)) for value in values]
+            if key == "end_token":
+                cells = [visible(cell) for cell in cells]
+            rows.append([f"{group}: {key}".replace("_", " "), *cells])
     rows.append(["folder", *(str(run.folder) for run in runs)])
     return Table("Facts", ["", *(run.label for run in runs)], rows, prose=True)
+
+
+def differences(runs: Sequence[Run]) -> Table | None:
+    """What tells the runs apart, for the head of the page; names and prompts stand there anyway."""
+    rows = []
+    for group, left_out in (
+        ("model", ("name", "source")),
+        ("task", ("name", "prompt", "sequences")),
+        ("options", ("prefixes",)),
+    ):
+        values = [getattr(run.facts, group) for run in runs]
+        for key in dict.fromkeys(key for value in values for key in value):
+            cells = [as_text(value.get(key)) for value in values]
+            if key not in left_out and len(set(cells)) > 1:
+                rows.append([DIFFERENCES.get(key, key.replace("_", " ")), *map(visible, cells)])
+    return Table("What the runs differ in", ["", *(run.label for run in runs)], rows) if rows else None
 
 
 def as_text(value: Any) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from ..answer_trie import AnswerTrie
 from ..diagnostics.order import Order
-from ..diagnostics.sequence import at_nodes, at_prefixes, compounding, sequence, truncated_log_prob
+from ..diagnostics.sequence import Compounding, at_nodes, at_prefixes, compounding, sequence, truncated_log_prob
 from ..valid_sets import ValidSets
 from .measure import CUTOFFS, FIT, SHAPE
 from .options import DiagnoseOptions
-from .tables import RunFacts, write_table
+from .tables import write_table
 
 _FLAT = ("n_greater", "n_equal", "logit", "log_prob", "log_prob_at_1", "keeps")
 _ORDER = (
@@ -33,7 +36,6 @@ class Results:
         sets: their valid tokens. children: int64 (nnz,), the nodes these lead to. counts: float64 (nnz,).
         valid: results a valid token, (nnz, ...). rows: results a prefix, (n, ...).
         complete: every prefix of the trie is there.
-        before: the facts of an earlier run in the same folder.
     """
 
     nodes: Tensor
@@ -43,7 +45,6 @@ class Results:
     valid: dict[str, Tensor]
     rows: dict[str, Tensor]
     complete: bool
-    before: RunFacts | None = field(default=None)
 
     @classmethod
     def of(cls, trie: AnswerTrie, nodes: list[Tensor], records: list[dict[str, Tensor]], *, complete: bool) -> Results:
@@ -77,6 +78,8 @@ def sequence_tables(trie: AnswerTrie, found: Results, options: DiagnoseOptions) 
         kept = at_prefixes(trie, found.rows["cutoffs_kept"][..., r])
         result = sequence(trie, truncated_log_prob(trie, log_prob, keeps, mass))
         product = compounding(trie, keeps, kept, counts=trie.weight)
+        if bool(mass.isnan().any()):  # logits that are no numbers keep nothing, which would pass for a strict rule
+            product = Compounding(*(torch.full_like(x, math.nan) for x in vars(product).values()))
         whole["rule"] += [str(rule)] * n_temperatures
         whole["temperature"] += options.temperatures
         whole["validity"] += result.validity.tolist()
@@ -100,7 +103,7 @@ def write_tables(
     options: DiagnoseOptions,
     tokenizer: Any,
 ) -> None:
-    """All tables of the run; those of whole answers of an earlier run go where this one has none."""
+    """All tables of the run into an empty folder."""
     texts = _Texts(tokenizer)
     write_table(out, "trie", _trie_table(trie, texts))
     n, nodes = len(found.nodes), found.nodes
@@ -137,16 +140,13 @@ def write_tables(
         out, "cutoffs",
         {
             "node": nodes.repeat_interleave(k * len(rules)).numpy(),
-            "rule": rules * (n * k),
+            "rule": pa.array(rules).take(pa.array(np.tile(np.arange(len(rules)), n * k))),
             "temperature": temperatures.repeat_interleave(len(rules)).repeat(n).numpy(),
             **{name: _column(found.rows[f"cutoffs_{name}"]) for name in CUTOFFS},
         },
     )  # fmt: skip
-    for name in ("sequence", "compounding"):
-        if sequences is None:
-            (out / f"{name}.parquet").unlink(missing_ok=True)
-        else:
-            write_table(out, name, sequences[name])
+    for name, columns in (sequences or {}).items():
+        write_table(out, name, columns)
 
 
 def _column(values: Tensor) -> Any:
@@ -155,14 +155,20 @@ def _column(values: Tensor) -> Any:
 
 
 def _trie_table(trie: AnswerTrie, texts: _Texts) -> dict[str, Any]:
-    token = trie.token.tolist()
+    token, parent, levels = trie.token.tolist(), trie.parent.tolist(), trie.levels().tolist()
+    prefixes = [""]
+    above: list[list[int]] = [[]]  # the tokens of every prefix of one depth
+    for depth in range(1, trie.max_depth + 1):
+        before = levels[depth - 1]
+        above = [[*above[parent[node] - before], token[node]] for node in range(levels[depth], levels[depth + 1])]
+        prefixes += map(texts.whole, above)
     return {
         "node": range(len(trie)),
         "parent": trie.parent.numpy(),
         "depth": trie.depth.numpy(),
         "token": trie.token.numpy(),
         "text": ["", *(texts(t) for t in token[1:])],
-        "prefix": [texts.whole(trie.prefix(node)) for node in range(len(trie))],
+        "prefix": prefixes,
         "count": trie.count.numpy(),
     }
 
@@ -197,4 +203,5 @@ class _Texts:
 
     def whole(self, tokens: list[int]) -> str:
         """Several tokens together."""
-        return str(self.tokenizer.decode(tokens)) if tokens else ""
+        decode = self.tokenizer.decode
+        return str(decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if tokens else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,14 +19,14 @@ from ..answer_trie import AnswerTrie
 from ..backends import resolve
 from ..diagnostics.order import Order, order_from_ranks
 from ..errors import UserError, require
-from ..storage import Record, Store, fingerprint
+from ..storage import Record, Store, digest, fingerprint
 from .assemble import Results, sequence_tables, write_tables
 from .measure import measure
-from .model import LanguageModel, ModelSource, load, locate, model_facts, pick_device
-from .options import DiagnoseOptions
+from .model import LanguageModel, ModelSource, load, locate, model_facts, pick_device, positions
+from .options import DiagnoseOptions, make_folder
 from .prefixes import Chunk, PrefixLogits, plan, sample
 from .summary import show
-from .tables import RunFacts, read_facts, write_facts
+from .tables import RunFacts, facts_before, replacing, write_facts
 from .tasks import Task, build_trie
 
 Loader = Callable[..., LanguageModel]
@@ -52,6 +52,8 @@ def run_diagnose(
     options.check()
     source = locate(options.model)
     task = options.build_task() if task is None else task
+    make_folder(options.out)
+    before = facts_before(options.out)
     cost: list[dict[str, Any]] = []
     with progress(console) as bars:
         model = _loaded(bars, source, options, load_model, cost)
@@ -60,23 +62,36 @@ def run_diagnose(
                 model.tokenizer, task, style=options.style, end_token=options.end_token,
                 tokenisations=options.tokenisations,
             )  # fmt: skip
+            check_fits(model, source, task, trie)
         found, reason = _measured(bars, model, source, trie, options, cost)
-        with _stage(cost, "whole answers and tables", f"{len(found.nodes):,} prefixes"):
-            order = _order(found, model.vocab_size, options)
-            sequences = sequence_tables(trie, found, options) if found.complete else None
-            (options.out / "run.json").unlink(missing_ok=True)  # not a run again before all of it is there
-            before = _calibration_before(found.before, source)
-            write_tables(options.out, trie, found, order, sequences, options, model.tokenizer)
-    facts = RunFacts(
-        model=model_facts(source, model),
-        task=_task_facts(task, trie, options),
-        options=_option_facts(options, found, reason),
-        calibration=before.calibration if before else {},
-        cost=cost + (_calibration_cost(before) if before else []),
-        versions=versions(),
-    )
-    write_facts(options.out, facts)
+        with replacing(options.out) as new:
+            with _stage(cost, "whole answers and tables", f"{len(found.nodes):,} prefixes"):
+                order = _order(found, model.vocab_size, options)
+                sequences = sequence_tables(trie, found, options) if found.complete else None
+                write_tables(new, trie, found, order, sequences, options, model.tokenizer)
+            scored = before if before and before.calibration and _is_of(before, source) else None
+            facts = RunFacts(
+                model=model_facts(source, model),
+                task=_task_facts(task, trie, options),
+                options=_option_facts(options, found, reason),
+                calibration=scored.calibration if scored else {},
+                cost=cost + (_calibration_cost(scored) if scored else []),
+                versions=versions(),
+            )
+            write_facts(new, facts)
     show(facts, trie, found, order, sequences, console)
+    if before and before.task and (not _is_of(before, source) or before.task != facts.task):
+        console.print(
+            f"A run of {before.model.get('name')} on {before.task.get('name')} was in {options.out} and is replaced.",
+            style="yellow",
+        )
+    lost = int(found.rows["shape_entropy"][:, 0].isnan().sum())
+    if lost:
+        console.print(
+            f"After {lost:,} of {len(found.nodes):,} prefixes the model's logits are NaN or infinite, and so are all "
+            "results there; --dtype float32 may help.",
+            style="yellow",
+        )
     if reason:
         console.print(f"No cache was used: {reason}. Every prefix was read from its beginning.", style="yellow")
     if not found.complete:
@@ -87,6 +102,26 @@ def run_diagnose(
         )
     console.print(f"Everything is in {options.out}; `fastcalib report {options.out}` makes a page of it.")
     return facts
+
+
+def check_fits(model: LanguageModel, source: ModelSource, task: Task, trie: AnswerTrie) -> None:
+    """UserError for answers that the model cannot read or has no logits for."""
+    most, longest = positions(model.network), int(trie.inner()[-1])
+    read = trie.prompt.numel() + int(trie.depth[longest])  # the last token of an answer is only predicted
+    if most is not None and read > most:
+        leaf = longest
+        while trie.answer[leaf] < 0:
+            leaf = int(trie.first_child[leaf])
+        answer = int(trie.answer[leaf])
+        raise UserError(
+            f"task {task.name}: prompt and answer {answer}, {task.answers[answer]!r:.60}, are {read + 1} tokens, of "
+            f"which {source.name} would read {read} and can read {most}: leave long answers out"
+        )
+    if int(trie.token.max()) >= model.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source.name} gives token {int(trie.token.max())}, but the model has only "
+            f"{model.vocab_size} of them: the two do not belong together"
+        )
 
 
 def _loaded(
@@ -111,37 +146,60 @@ def _measured(
     wanted = sample(trie, options.max_prefixes, options.seed)
     chunks = plan(trie, options.batch, wanted)
     logits = PrefixLogits(model, trie, chunks)
-    store = Store(options.out / "state" / fingerprint(_identity(source, trie, options, wanted)))
+    store = Store(options.out / "state" / fingerprint(_identity(source, model, trie, options, wanted)))
     todo = [chunk for chunk in chunks if bool(chunk.wanted.any())]
     bar = bars.add_task("prefixes", total=sum(int(chunk.wanted.sum()) for chunk in todo))
     nodes, records, seconds = [], [], {"model": 0.0}
     reason = None
-    for chunk in todo:
+    for group in _groups(todo, options.batch):
         record = store.get(
-            f"prefixes-{chunk.number:06d}", None, functools.partial(_compute, logits, chunk, model.vocab_size, options)
+            f"prefixes-{group[0].number:06d}",
+            None,
+            functools.partial(_compute, logits, group, model.vocab_size, options),
         )
         for stage, value in record.facts["seconds"].items():
             seconds[stage] = seconds.get(stage, 0.0) + value
         reason = reason or record.facts["without_cache"]
-        nodes.append(chunk.nodes[chunk.wanted])
+        nodes.append(_wanted(group))
         records.append(record.tensors)
-        bars.advance(bar, int(chunk.wanted.sum()))
+        bars.advance(bar, len(nodes[-1]))
     found = Results.of(trie, nodes, records, complete=wanted is None)
-    found.before = read_facts(options.out) if (options.out / "run.json").is_file() else None
     n = f"{len(found.nodes):,} prefixes"
     cost += [{"stage": stage, "seconds": value, "covers": n} for stage, value in seconds.items()]
     return found, reason
 
 
-def _compute(logits: PrefixLogits, chunk: Chunk, vocab_size: int, options: DiagnoseOptions) -> Record:
+def _groups(chunks: list[Chunk], most: int) -> Iterator[list[Chunk]]:
+    """Consecutive chunks with at most ``most`` wanted prefixes together: deep ones are small, a call has its price."""
+    group: list[Chunk] = []
+    size = 0
+    for chunk in chunks:
+        more = int(chunk.wanted.sum())
+        if group and size + more > most:
+            yield group
+            group, size = [], 0
+        group.append(chunk)
+        size += more
+    if group:
+        yield group
+
+
+def _wanted(group: list[Chunk]) -> Tensor:
+    return torch.cat([chunk.nodes[chunk.wanted] for chunk in group])
+
+
+def _compute(logits: PrefixLogits, group: list[Chunk], vocab_size: int, options: DiagnoseOptions) -> Record:
     start = time.perf_counter()
-    z = logits(chunk)
+    parts = []
+    for chunk in group:
+        z = logits(chunk)
+        parts.append(z if bool(chunk.wanted.all()) else z[chunk.wanted.to(z.device)])
+    z = torch.cat(parts) if len(parts) > 1 else parts[0]
+    del parts
     if z.is_cuda:
         torch.cuda.synchronize(z.device)
     seconds = {"model": time.perf_counter() - start}
-    if not bool(chunk.wanted.all()):
-        z = z[chunk.wanted.to(z.device)]
-    record = measure(z, logits.trie, chunk.nodes[chunk.wanted], options, vocab_size)
+    record = measure(z, logits.trie, _wanted(group), options, vocab_size)
     facts = {"seconds": seconds | record.facts["seconds"], "without_cache": logits.without_cache}
     return Record(record.tensors, facts)
 
@@ -153,14 +211,17 @@ def _order(found: Results, vocab_size: int, options: DiagnoseOptions) -> Order:
     )  # fmt: skip
 
 
-def _identity(source: ModelSource, trie: AnswerTrie, options: DiagnoseOptions, wanted: Tensor | None) -> dict[str, Any]:
+def _identity(
+    source: ModelSource, model: LanguageModel, trie: AnswerTrie, options: DiagnoseOptions, wanted: Tensor | None
+) -> dict[str, Any]:
     """What finished chunks depend on. Their seconds do not matter, so neither do the threads."""
     fields = ("order", "precision", "draws", "batch", "top", "fit_ranks", "dtype", "device")
     return {
-        "model": source.identity,
+        # Of a model of the hub the revision is known once it is loaded.
+        "model": [*source.identity, getattr(getattr(model.network, "config", None), "_commit_hash", None)],
         "prompt": trie.prompt.tolist(),
-        "trie": fingerprint([x.tolist() for x in (trie.token, trie.parent, trie.weight)]),
-        "wanted": None if wanted is None else fingerprint(wanted.tolist()),
+        "trie": [digest(x) for x in (trie.token, trie.parent, trie.weight)],
+        "wanted": None if wanted is None else digest(wanted),
         "temperatures": options.temperatures,
         "rules": [str(rule) for rule in options.rules],
         **{name: getattr(options, name) for name in fields},
@@ -198,9 +259,8 @@ def _option_facts(options: DiagnoseOptions, found: Results, reason: str | None) 
     }
 
 
-def _calibration_before(before: RunFacts | None, source: ModelSource) -> RunFacts | None:
-    """The earlier run in the folder, if it is of the same model and ``fastcalib score`` had its part in it."""
-    return before if before and before.calibration and before.model.get("name") == source.name else None
+def _is_of(facts: RunFacts, source: ModelSource) -> bool:
+    return (facts.model.get("name"), facts.model.get("source")) == (source.name, source.place)
 
 
 def _calibration_cost(before: RunFacts) -> list[dict[str, Any]]:

@@ -47,6 +47,9 @@ def measure(logits: Tensor, trie: AnswerTrie, nodes: Tensor, options: DiagnoseOp
             logits, sets, counts=counts, temperature=temperatures, draws=options.draws, vocab_size=vocab_size
         )
         tensors |= {f"shape_{name}": getattr(shapes, name) for name in SHAPE}
+        # What a comparison says of NaN would pass for a rank; a row without a softmax has no order either.
+        without = shapes.entropy[:, 0].isnan()[sets.rows()]
+        tensors["n_greater"] = tensors["n_greater"].masked_fill(without, -1)
     with _timed(seconds, "cutoffs", logits):
         cut = cutoffs(
             logits, options.rules, temperatures, sets=sets, counts=counts, order=options.order, vocab_size=vocab_size

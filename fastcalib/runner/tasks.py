@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._trie_arguments import AnswersClash
 from ..answer_trie import AnswerTrie
 from ..errors import UserError, require
 
@@ -112,12 +114,12 @@ def file_task(path: Path, prompt: str | None = None) -> Task:
     """
     found: Any
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             found = _read_parquet(path)
-        elif path.suffix == ".json":
-            found = json.loads(path.read_text("utf-8"))
+        elif path.suffix.lower() == ".json":
+            found = json.loads(path.read_text("utf-8-sig"))  # some editors put a mark before the first letter
         else:
-            found = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+            found = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(f"--task {path}: there is no such file, and the tasks are {', '.join(FAMILIES)}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -128,7 +130,8 @@ def file_task(path: Path, prompt: str | None = None) -> Task:
         raise UserError(
             f'--task {path}: needs a list of answers, or an object with "answers" (and "prompt", "weights")'
         )
-    answers, weights, prompt = found["answers"], found.get("weights"), prompt or found.get("prompt")
+    answers, weights = found["answers"], found.get("weights")
+    prompt = found.get("prompt") if prompt is None else prompt
     if not answers:
         raise UserError(f"--task {path}: holds no answer")
     seen: dict[str, int] = {}
@@ -142,10 +145,14 @@ def file_task(path: Path, prompt: str | None = None) -> Task:
         raise UserError(f'--task {path}: what is asked? Give --prompt "...", which the answers follow')
     if weights is not None:
         good = isinstance(weights, list) and len(weights) == len(answers)
-        if not good or not all(isinstance(w, (int, float)) and w > 0 for w in weights):
+        if not good or not all(map(_is_weight, weights)):
             raise UserError(f"--task {path}: weights must be one positive number for each of {len(answers)} answers")
         weights = tuple(float(w) for w in weights)
     return Task(path.name, prompt, tuple(answers), weights)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _read_parquet(path: Path) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         raise UserError(f"--task {path}: cannot be read as Parquet ({error})") from None
     if "answer" not in columns:
         raise UserError(f'--task {path}: needs a column "answer", has {", ".join(columns) or "none"}')
-    prompts = sorted(set(columns.get("prompt", [])))
+    prompts = list(dict.fromkeys(columns.get("prompt", [])))
     if len(prompts) > 1:
         raise UserError(f'--task {path}: one prompt a run, but its column "prompt" has {len(prompts)} different ones')
     return {"answers": columns["answer"], "weights": columns.get("weight"), "prompt": prompts[0] if prompts else None}
@@ -183,11 +190,13 @@ def build_trie(
     """
     prompt, between = task.prompt, " "
     if style == "chat":
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("--style chat: the tokenizer has no chat template; use --style plain")
         turn = [{"role": "user", "content": task.prompt}]
         try:
             prompt, between = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), ""
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"--style chat: the tokenizer has no chat template ({error}); use --style plain") from None
+        except Exception as error:  # a template is a program of the model's authors, which may raise anything
+            raise UserError(f"--style chat: the tokenizer's template fails ({error}); use --style plain") from error
     elif style != "plain":
         raise UserError(f"--style {style}: use plain or chat")
     try:
@@ -200,11 +209,25 @@ def build_trie(
             weights=task.weights,
             add_special_tokens=style == "plain",
         )
+    except AnswersClash as clash:
+        raise UserError(f"task {task.name}: {_clash(task, clash)}") from None
     except ValueError as error:
         raise UserError(f"task {task.name}: {error}") from None
     if not trie.prompt.numel():
         raise UserError(f"task {task.name}: the prompt has no token, so there is nothing for the model to read first")
     return trie
+
+
+def _clash(task: Task, clash: AnswersClash) -> str:
+    first, *second = (f"answer {number}, {task.answers[number]!r:.60}," for number in clash.answers)
+    if clash.why == "same":
+        return f"{first} has the same tokens as {second[0]} so the two are one answer; leave one out"
+    if clash.why == "beginning":
+        return (
+            f"{first} is the beginning of {second[0]} and nothing says that it ends there; use --end-token eos or a "
+            "separator"
+        )
+    return f"{first} holds the end token itself; use --end-token eos or another separator"
 
 
 def _end_token(tokenizer: Any, end_token: str) -> int | None:

@@ -20,6 +20,7 @@ from .races import Shadow
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .opcodes.async_copy import Copies
     from .program import Block
 
 TURN = 512  # steps between two turns for whoever has waited longest
@@ -69,6 +70,7 @@ class Batch:
         self.shared_shadow = (
             Shadow.of(len(self.shared.raw) // self.program.shared_granule + 4) if machine.races else None
         )
+        self.copies: Copies | None = None  # asynchronous ones, from the first on
         self.groups: dict[int, Lanes] = {0: Lanes(self, None)}
         self.waiting: dict[tuple[int, int], Waiting] = {}
         self.everybody = self.groups[0]
@@ -207,12 +209,13 @@ class Batch:
         if len(numbers) != 1:
             raise machine.fail(f"{block.last}: threads name different barriers")
         instruction = block.last
-        if not instruction.has("arrive") and lanes.index is None and expected is None and not self.waiting:
-            machine.counters.barriers += self.ctas
+        ctas = None if instruction.has("arrive") or expected is not None else self._whole_ctas(lanes)
+        if ctas is not None:
+            machine.counters.barriers += len(ctas)
             if machine.races:
-                machine.races.barrier_everywhere(self)
+                machine.races.barrier_of_whole(self, ctas)
             if predicate is not None:
-                self._reduce(instruction, lanes.everyone, lanes.spread(predicate).reshape(self.ctas, -1))
+                self._reduce(instruction, lanes.everyone, lanes.spread(predicate).reshape(len(ctas), -1))
             self._go(block.following, lanes)
             return
         aligned = instruction.name == "bar" or instruction.has("aligned")
@@ -237,6 +240,14 @@ class Batch:
                 waiting.predicates.append(values[here])
             if waiting.arrived >= (waiting.expected or int(self.alive_in_cta[cta])):
                 self._release(cta, int(numbers[0]))
+
+    def _whole_ctas(self, lanes: Lanes) -> np.ndarray | None:
+        """The CTAs of these lanes where every thread of each is here, so that nobody has to wait."""
+        if self.waiting:
+            return None
+        here = np.bincount(lanes.cta, minlength=self.ctas)
+        ctas = np.flatnonzero(here)
+        return ctas if bool((here[ctas] == self.threads).all()) else None
 
     def _release(self, cta: int, number: int) -> None:
         waiting = self.waiting.pop((cta, number))

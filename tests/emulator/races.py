@@ -10,6 +10,7 @@ whose lanes run in step here, and races on accesses narrower than a granule.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,11 +81,12 @@ class Races:
 
     # --- synchronisation within a CTA
 
-    def barrier_everywhere(self, batch: Batch) -> None:
-        clock = self.clock[batch.cta_units]  # [CTA, warp]
-        self.seen[:] = clock[:, None, :]
-        self._share(batch, range(batch.ctas), None)
-        self.clock[batch.cta_units] += 1
+    def barrier_of_whole(self, batch: Batch, ctas: np.ndarray) -> None:
+        """All warps of each of these CTAs meet."""
+        units = batch.cta_units[ctas]
+        self.seen[ctas] = self.clock[units][:, None, :]  # [CTA, warp, warp]
+        self._share(batch, ctas.tolist(), None)
+        self.clock[units] += 1
 
     def barrier(self, batch: Batch, cta: int, waiting: np.ndarray, arriving: np.ndarray) -> None:
         """Warps of one CTA meet; those that only arrive (bar.arrive) learn nothing."""
@@ -96,7 +98,7 @@ class Races:
         self._share(batch, (cta,), everyone)
         self.clock[units[everyone]] += 1
 
-    def _share(self, batch: Batch, ctas: range | tuple[int, ...], warps: np.ndarray | None) -> None:
+    def _share(self, batch: Batch, ctas: Iterable[int], warps: np.ndarray | None) -> None:
         """A barrier passes on what one of the warps has acquired from other CTAs."""
         if not self.acquired:
             return

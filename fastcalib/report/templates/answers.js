@@ -1,7 +1,7 @@
 // Whole answers: validity and diversity, and how losses compound over the tokens.
 (() => {
-  const { data, colour, share, shareUpTo, several, shown, prefixed, panel, rulesOf, temperatureOptions, lines, end } =
-    Page;
+  const { data, colour, share, shareUpTo, shareLog, axes, several, shown, prefixed, panel, lines, end } = Page;
+  const { rulesOf, references, familiesOf, temperatureOptions } = Page;
   const { number, percent, count } = Chart;
 
   // Validity against diversity, a chart for each family of rules.
@@ -21,85 +21,90 @@
       ],
     },
   });
+  const HINTS = {
+    "top-k": "keeps the k most likely tokens",
+    "top-p": "keeps the most likely tokens up to this mass",
+    "min-p": "keeps tokens at least this share as likely as the best",
+    epsilon: "keeps tokens at least this likely",
+    eta: "epsilon, lowered where the model is unsure",
+    "top-n-sigma": "keeps logits within n standard deviations of the best",
+  };
+  const DASHES = { "no cutoff": "2 3", "size oracle": "6 3" };
+
+  // One run under one family of rules, and the references. The shade of a line goes with its rule's number.
+  function valDivMarks(run, list, family) {
+    const own = list.filter((entry) => entry.family === family);
+    const drawn = list.filter((entry) => entry.family === family || references.includes(entry.family));
+    return drawn.map((entry) => {
+      const rule = entry.family === family;
+      return lines({
+        name: entry.rule,
+        colour: rule ? colour(run) : entry.family === "size oracle" ? "var(--ink)" : "var(--muted)",
+        opacity: rule ? 0.4 + (0.6 * (own.indexOf(entry) + 1)) / own.length : 1,
+        muted: !rule,
+        dash: DASHES[entry.family],
+        hollowStart: true,
+        end: rule ? String(entry.parameter ?? entry.label) : entry.label,
+        points: entry.temperature.map((_, i) => sequencePoint(run, entry, i)),
+      });
+    });
+  }
+  // Rules that keep no valid answer at any temperature have no diversity, and so no line.
+  const isBare = (entry) => !entry.diversity.some((v) => v != null);
+  const named = (entry) => (references.includes(entry.family) ? entry.label : String(entry.parameter ?? entry.label));
+  const withoutLine = (list, family) =>
+    list.filter((e) => (e.family === family || references.includes(e.family)) && isBare(e)).map(named);
+
   panel(
     "fig-val-div",
     data.sequence,
     ({ state, choose }) => {
-      choose(
-        "scale",
-        "Diversity axis",
-        [
-          { value: false, label: "linear" },
-          { value: true, label: "logarithmic" },
-        ],
-        false,
-      );
-      const hints = {
-        "top-k": "keeps the k most likely tokens",
-        "top-p": "keeps the most likely tokens up to this mass",
-        "min-p": "keeps tokens at least this share as likely as the best",
-        epsilon: "keeps tokens at least this likely",
-        eta: "epsilon, lowered where the model is unsure",
-        "top-n-sigma": "keeps logits within n standard deviations of the best",
-      };
+      const families = familiesOf(data.sequence.flatMap((list) => list || []));
+      const options = families.map((family) => ({ value: family, label: family }));
+      // One run has room for all families, several stand beside each other under one.
+      if (!several) options.unshift({ value: null, label: "every family" });
+      const first = several && families.includes("top-p") ? "top-p" : options[0]?.value;
+      if (options.length) choose("family", "Rules", options, first);
+      // On one linear axis, runs that are five times less valid than others would lie flat on the ground.
+      const best = data.sequence.filter(Boolean).map((list) => Math.max(...list.flatMap((entry) => entry.validity)));
+      choose("log", "Axes", axes, Math.max(...best) > 5 * Math.min(...best));
       return (host) => {
-        const runs = shown(data.sequence),
-          every = runs.flatMap(([, list]) => list);
-        const values = every.flatMap((entry) => entry.diversity).filter((v) => v > 0);
-        const least = Math.min(...values, 1),
-          most = Math.max(...values, 0);
-        const up = shareUpTo(every.flatMap((entry) => entry.validity));
-        const x = {
-          label: "diversity: share of the answers",
-          format: percent,
-          log: state.scale,
-          min: state.scale ? 10 ** Math.floor(Math.log10(least)) : 0,
-          max: state.scale ? 1 : Math.min(1, Math.ceil(most * 10.5) / 10),
-        };
-        const reference = ["no cutoff", "size oracle"];
-        const families = [...new Set(every.map((entry) => entry.family))].filter((f) => !reference.includes(f));
+        const runs = shown(data.sequence);
+        const chosen = state.family ? [state.family] : families.length ? families : [null];
+        const every = runs
+          .flatMap(([, list]) => list)
+          .filter((entry) => chosen.includes(entry.family) || references.includes(entry.family));
+        const diversity = every.flatMap((entry) => entry.diversity).filter((v) => v > 0);
+        const validity = every.flatMap((entry) => entry.validity);
+        const most = Math.min(1, Math.ceil(Math.max(...diversity, 0) * 10.5) / 10);
+        const x = state.log ? shareLog(diversity) : { min: 0, max: most };
+        const y = state.log ? shareLog(validity) : shareUpTo(validity);
         Chart.facets(
           host,
-          (families.length ? families : [null]).map((family) => ({
-            title: family || "No cutoff and size oracle",
-            note: hints[family],
-            spec: {
-              label: `Validity against diversity, ${family || "no cutoff"}`,
-              inside: true,
-              x,
-              y: { ...up, label: "validity" },
-              marks: runs.flatMap(([run, list]) => {
-                const own = list.filter((entry) => entry.family === family);
-                return list
-                  .filter((entry) => entry.family === family || reference.includes(entry.family))
-                  .map((entry) =>
-                    lines({
-                      name: entry.rule,
-                      colour:
-                        entry.family === "size oracle" && !several
-                          ? "var(--ink)"
-                          : several || entry.family === family
-                            ? colour(run)
-                            : "var(--muted)",
-                      opacity: entry.family === family ? 0.4 + (0.6 * (own.indexOf(entry) + 1)) / own.length : 1,
-                      muted: entry.family !== family,
-                      dash: { "no cutoff": "2 3", "size oracle": "6 3" }[entry.family],
-                      end:
-                        entry.family === family
-                          ? String(entry.parameter ?? entry.label)
-                          : run === runs[0][0]
-                            ? entry.label
-                            : null,
-                      points: entry.temperature.map((_, i) => sequencePoint(run, entry, i)),
-                    }),
-                  );
-              }),
-            },
-          })),
+          runs.flatMap(([run, list]) =>
+            chosen.map((family) => {
+              const bare = withoutLine(list, family);
+              const name = family || "No cutoff and size oracle";
+              return {
+                title: several ? data.runs[run] : name,
+                note:
+                  (several && family ? `${family}: ` : "") +
+                  (HINTS[family] || "") +
+                  (bare.length ? `. Without a line, as no valid answer is kept: ${bare.join(", ")}` : ""),
+                spec: {
+                  label: `Validity against diversity, ${prefixed(run, name)}`,
+                  inside: true,
+                  x: { ...x, format: percent, label: "diversity: share of the answers" },
+                  y: { ...y, label: "validity" },
+                  marks: valDivMarks(run, list, family),
+                },
+              };
+            }),
+          ),
         );
       };
     },
-    "key",
+    "titles",
   );
 
   panel("fig-temperature", data.sequence, ({ state, choose }) => {
@@ -144,9 +149,35 @@
       temperatureOptions(data.compounding.flatMap((list) => (list || []).map((e) => e.temperature))),
       1,
     );
+    choose("log", "Axis of what is left", axes, false);
     return (host) => {
       const runs = shown(data.compounding).map(([run, list]) => [run, list.filter((e) => e.temperature === state.t)]);
       const last = Math.max(...runs.flatMap(([, list]) => list.flatMap((e) => e.token)), 1);
+      const point = (run, e, key, token, i) => ({
+        x: token,
+        y: e[key][i],
+        tip: {
+          title: prefixed(run, e.label),
+          rows: [
+            ["token", count(token)],
+            ["α, β", `${percent(e.alpha[i])}, ${percent(e.beta[i])}`],
+            ["precision so far", percent(e.alpha_product[i])],
+            ["recall so far", percent(e.beta_product[i])],
+          ],
+        },
+      });
+      const line = (run, e, key) => {
+        const chosen = e.rule === state.rule;
+        return lines({
+          name: e.rule,
+          muted: !chosen,
+          markers: chosen,
+          opacity: chosen ? null : several ? 0.3 : 0.45,
+          colour: chosen || several ? colour(run) : "var(--muted)",
+          end: chosen ? end(run) : null,
+          points: e.token.map((token, i) => point(run, e, key, token, i)),
+        });
+      };
       Chart.facets(
         host,
         [
@@ -154,51 +185,31 @@
           ["alpha_product", "Precision so far", "product of α: answers of the kept sets that are still valid"],
           ["beta", "Recall of each token", "β: of the answers still kept, how many stay"],
           ["beta_product", "Recall so far", "product of β: answers that are still kept"],
-        ].map(([key, title, note]) => ({
-          title,
-          note,
-          spec: {
-            label: `${title} by depth`,
-            x: {
-              label: "token of the answer",
-              min: 1,
-              max: Math.max(last, 2),
-              ticks: Array.from({ length: last }, (_, i) => i + 1).filter(
-                (_, i) => last <= 12 || i % Math.ceil(last / 12) === 0,
+        ].map(([key, title, note]) => {
+          const values = runs.flatMap(([, list]) => list.flatMap((e) => e[key]));
+          return {
+            title,
+            note,
+            spec: {
+              label: `${title} by depth`,
+              x: {
+                label: "token of the answer",
+                min: 1,
+                max: Math.max(last, 2),
+                ticks: Array.from({ length: last }, (_, i) => i + 1).filter(
+                  (_, i) => last <= 12 || i % Math.ceil(last / 12) === 0,
+                ),
+                format: count,
+              },
+              y: key.endsWith("product") ? (state.log ? shareLog(values) : shareUpTo(values)) : share,
+              marks: runs.flatMap(([run, list]) =>
+                [...list]
+                  .sort((a, b) => (a.rule === state.rule) - (b.rule === state.rule))
+                  .map((e) => line(run, e, key)),
               ),
-              format: count,
             },
-            y: share,
-            marks: runs.flatMap(([run, list]) =>
-              [...list]
-                .sort((a, b) => (a.rule === state.rule) - (b.rule === state.rule))
-                .map((e) => {
-                  const chosen = e.rule === state.rule;
-                  return lines({
-                    name: e.rule,
-                    muted: !chosen,
-                    markers: chosen,
-                    opacity: chosen ? null : 0.45,
-                    colour: chosen ? colour(run) : "var(--muted)",
-                    end: chosen ? end(run) : null,
-                    points: e.token.map((token, i) => ({
-                      x: token,
-                      y: e[key][i],
-                      tip: {
-                        title: prefixed(run, e.label),
-                        rows: [
-                          ["token", count(token)],
-                          ["α, β", `${percent(e.alpha[i])}, ${percent(e.beta[i])}`],
-                          ["precision so far", percent(e.alpha_product[i])],
-                          ["recall so far", percent(e.beta_product[i])],
-                        ],
-                      },
-                    })),
-                  });
-                }),
-            ),
-          },
-        })),
+          };
+        }),
       );
     };
   });

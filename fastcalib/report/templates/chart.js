@@ -12,6 +12,7 @@ const Chart = (() => {
     path,
     SHAPES,
     placeLabels,
+    placeEnds,
     along,
     number,
     percent,
@@ -59,22 +60,22 @@ const Chart = (() => {
   function draw(host, spec) {
     const width = Math.max(host.clientWidth, 200);
     const yTicks =
-      spec.y.ticks || (spec.y.log ? logTicks(spec.y.min, spec.y.max, 5) : niceTicks(spec.y.min, spec.y.max, 5));
+      spec.y.ticks || (spec.y.log ? logTicks(spec.y.min, spec.y.max, 6) : niceTicks(spec.y.min, spec.y.max, 5));
     const format = {
       x: spec.x.format || (spec.x.log ? power : number),
       y: spec.y.format || (spec.y.log ? power : number),
     };
     // Room on the right for the labels of lines that end there.
-    const ends = spec.inside ? [] : spec.marks.filter((m) => m.end).map((m) => textWidth(m.end, 11.5));
+    const named = spec.inside ? [] : spec.marks.filter((m) => m.end).map((m) => textWidth(m.end, 11.5));
     const left = Math.ceil(Math.max(8, ...yTicks.map((t) => textWidth(format.y(t)) + 10)));
-    const right = Math.ceil(Math.max(14, ...ends.map((w) => w + 14)));
+    const right = Math.ceil(Math.max(14, ...named.map((w) => w + 14)));
     const top = spec.y.label ? 30 : 12,
       bottom = spec.x.label ? 44 : 26;
     const height = spec.height || Math.round(Math.min(Math.max(width * 0.68, 230), 380));
     const frame = { left, right: width - right, top, bottom: height - bottom, width };
     const xTicks =
       spec.x.ticks ||
-      (spec.x.log ? logTicks : niceTicks)(spec.x.min, spec.x.max, Math.max(2, Math.floor((frame.right - left) / 74)));
+      (spec.x.log ? logTicks : niceTicks)(spec.x.min, spec.x.max, Math.max(2, Math.floor(width / 84)));
     const x = scaleOf(spec.x, frame.left, frame.right),
       y = scaleOf(spec.y, frame.bottom, frame.top);
 
@@ -110,6 +111,7 @@ const Chart = (() => {
     const at = (p) => (x.inside(p.x) && y.inside(p.y) ? [x.place(p.x), y.place(p.y)] : null);
     const series = [],
       labels = [],
+      ends = [],
       taken = [],
       crossed = [],
       body = svg("g", {}, root),
@@ -176,10 +178,12 @@ const Chart = (() => {
           group,
         );
         if (mark.markers) {
-          for (const p of mark.points) {
+          mark.points.forEach((p, i) => {
             const place = at(p);
-            if (place) svg("path", { d: SHAPES.circle(...place, 2.4), class: "dot" }, group);
-          }
+            const first = mark.hollowStart && i === 0;
+            if (!place) return;
+            svg("path", { d: SHAPES.circle(...place, first ? 2.8 : 2.4), class: first ? "dot hollow" : "dot" }, group);
+          });
         }
       } else if (mark.kind === "points") {
         for (const p of mark.points) {
@@ -206,18 +210,14 @@ const Chart = (() => {
       }
       const hot = (mark.points || []).filter((p) => p.tip && at(p)).map((p) => ({ place: at(p), tip: p.tip }));
       if (hot.length) series.push({ name: mark.name || "", hot, group, colour });
-      if (mark.end) {
-        const last = [...mark.points].reverse().find((p) => at(p));
-        if (last)
-          labels.unshift({
-            x: at(last)[0],
-            y: at(last)[1],
-            text: mark.end,
-            colour,
-            only: spec.inside ? null : "right",
-          });
-      }
+      const places = mark.end ? mark.points.map(at).filter(Boolean).reverse() : [];
+      if (places.length && spec.inside) {
+        // Beside its last point, else its first, else any between.
+        places.splice(1, 0, ...places.splice(-1));
+        labels.unshift({ places, text: mark.end, colour });
+      } else if (places.length) ends.push({ x: places[0][0], y: places[0][1], text: mark.end, colour });
     }
+    placeEnds(ends, frame, front);
     placeLabels(labels, frame, front, taken, crossed);
     const ring = svg("circle", { r: 6, class: "ring", visibility: "hidden" }, root);
 

@@ -1,15 +1,15 @@
 // Order: the frontier of precision and recall, and where the cutoff rules land beside it.
 (() => {
-  const { share, data, colour, several, shown, prefixed, panel, temperatureOptions } = Page;
+  const { share, shareLog, axes, data, colour, several, shown, prefixed, panel } = Page;
+  const { familiesOf, references, temperatureOptions } = Page;
   const { number, percent, count } = Chart;
 
+  // How many prefixes each run has, in the order of the runs.
   function prefixNote(groups) {
-    const same = groups.every(([, g]) => g.prefixes === groups[0][1].prefixes);
-    return (same ? groups.slice(0, 1) : groups)
-      .map(
-        ([run, g]) => `${same ? "" : `${data.runs[run]}: `}${count(g.prefixes)} prefix${g.prefixes === 1 ? "" : "es"}`,
-      )
-      .join(" · ");
+    const numbers = groups.map(([, g]) => count(g.prefixes));
+    const same = numbers.every((n) => n === numbers[0]);
+    const text = same ? numbers[0] : `${numbers.slice(0, -1).join(", ")} and ${numbers.at(-1)}`;
+    return `${text} prefix${text === "1" ? "" : "es"}`;
   }
 
   // Precision against recall over all cutoffs, for all prefixes and for each depth.
@@ -103,63 +103,82 @@
   );
 
   // Where each rule lands.
+  const dot = (row, i, name) => ({
+    x: row.recall[i],
+    y: row.precision[i],
+    name: name ? row.label : null,
+    tip: {
+      title: row.label,
+      rows: [
+        ["precision", percent(row.precision[i])],
+        ["recall of answers", percent(row.recall[i])],
+        ["recall of tokens", percent(row.token_recall[i])],
+        ["tokens kept, mean", number(row.kept[i])],
+        ["mass kept", percent(row.kept_mass[i])],
+      ],
+    },
+  });
+
+  function rulesMarks(run, rows, i, chosen) {
+    const frontier = (data.frontiers[run] || []).find((g) => g.depth === null);
+    const marks = [];
+    if (frontier)
+      marks.push({
+        kind: "line",
+        name: "frontier",
+        colour: "var(--line)",
+        width: 5,
+        points: data.grid.map((x, k) => ({ x, y: frontier.answers.mean[k] })),
+      });
+    const families = [...new Set(rows.map((r) => r.family))];
+    // The chosen family last, so that it lies above the others.
+    for (const family of families.sort((a, b) => (a === chosen) - (b === chosen))) {
+      const own = rows.filter((r) => r.family === family);
+      const oracle = family === "size oracle";
+      const faint = chosen && family !== chosen && !references.includes(family);
+      if (family === chosen)
+        marks.push({ kind: "line", name: family, colour: colour(run), width: 1, points: own.map((r) => dot(r, i)) });
+      marks.push({
+        kind: "points",
+        name: family,
+        colour: oracle ? "var(--ink)" : faint ? "var(--muted)" : colour(run),
+        opacity: faint ? 0.4 : null,
+        labelColour: "var(--soft)",
+        shape: oracle ? "diamond" : "circle",
+        size: oracle ? 5 : faint ? 3 : 4.5,
+        points: own.map((r) => dot(r, i, !faint)),
+      });
+    }
+    return marks;
+  }
+
   panel(
     "fig-rules",
     data.rules,
     ({ state, choose }) => {
       choose("t", "Temperature", temperatureOptions(data.rules.flatMap((r) => (r ? r.temperatures : []))), 1);
+      const families = familiesOf(data.rules.flatMap((r) => (r ? r.rows : [])));
+      const options = [{ value: null, label: "every family" }, ...families.map((f) => ({ value: f, label: f }))];
+      if (families.length > 1) choose("family", "Rules", options, null);
+      choose("log", "Precision axis", axes, false);
       return (host) => {
+        const found = shown(data.rules);
+        const precision = found.flatMap(([run, table]) => [
+          ...table.rows.map((row) => row.precision[table.temperatures.indexOf(state.t)]),
+          ...(data.frontiers[run] || []).filter((g) => g.depth === null).flatMap((g) => g.answers.mean),
+        ]);
         Chart.facets(
           host,
-          shown(data.rules).map(([run, table]) => {
+          found.map(([run, table]) => {
             const i = table.temperatures.indexOf(state.t);
-            const frontier = (data.frontiers[run] || []).find((g) => g.depth === null);
-            const rows = i < 0 ? [] : table.rows;
             return {
               title: several ? data.runs[run] : "",
               spec: {
                 label: `Precision and recall of each rule, ${data.runs[run]}, temperature ${state.t}`,
                 x: { ...share, label: "recall of answers" },
-                y: { ...share, label: "precision" },
+                y: { ...(state.log ? shareLog(precision) : share), label: "precision" },
                 height: several ? null : 430,
-                marks: [
-                  ...(frontier
-                    ? [
-                        {
-                          kind: "line",
-                          name: "frontier",
-                          colour: "var(--line)",
-                          width: 5,
-                          points: data.grid.map((x, k) => ({ x, y: frontier.answers.mean[k] })),
-                        },
-                      ]
-                    : []),
-                  ...[...new Set(rows.map((r) => r.family))].map((family) => ({
-                    kind: "points",
-                    name: family,
-                    colour: family === "size oracle" ? "var(--ink)" : colour(run),
-                    labelColour: "var(--soft)",
-                    shape: family === "size oracle" ? "diamond" : "circle",
-                    size: family === "size oracle" ? 5 : 4.5,
-                    points: rows
-                      .filter((r) => r.family === family)
-                      .map((r) => ({
-                        x: r.recall[i],
-                        y: r.precision[i],
-                        name: r.label,
-                        tip: {
-                          title: r.label,
-                          rows: [
-                            ["precision", percent(r.precision[i])],
-                            ["recall of answers", percent(r.recall[i])],
-                            ["recall of tokens", percent(r.token_recall[i])],
-                            ["tokens kept, mean", number(r.kept[i])],
-                            ["mass kept", percent(r.kept_mass[i])],
-                          ],
-                        },
-                      })),
-                  })),
-                ],
+                marks: rulesMarks(run, i < 0 ? [] : table.rows, i, state.family),
               },
             };
           }),

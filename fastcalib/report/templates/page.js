@@ -12,9 +12,23 @@ const Page = (() => {
     const most = Math.max(...values.filter((v) => v != null), 0);
     if (most > 0.4 || !most) return share;
     const power = 10 ** Math.floor(Math.log10(most));
-    const max = [1, 2, 4, 5, 10].map((m) => m * power).find((m) => m >= most);
-    return { min: 0, max, format: percent, ticks: [0, 1, 2, 3, 4].map((k) => (k * max) / 4) };
+    const max = [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].map((m) => m * power).find((m) => m >= most * 0.999);
+    return { min: 0, max, format: percent };
   };
+  // Shares on a logarithmic axis, at most so many powers of ten; what is smaller is left out.
+  const shareLog = (values, decades = 5) => {
+    const some = values.filter((v) => v > 0);
+    if (!some.length) return share;
+    const most = Math.max(...some);
+    const power = 10 ** Math.floor(Math.log10(most));
+    const max = Math.min(1, [1, 2, 5, 10].map((m) => m * power).find((m) => m >= most * 0.999));
+    const low = 10 ** Math.floor(Math.log10(Math.min(...some) * 1.001));
+    return { log: true, min: Math.max(low, max / 10 ** decades), max, format: percent };
+  };
+  const axes = [
+    { value: false, label: "linear" },
+    { value: true, label: "logarithmic" },
+  ];
   const several = data.runs.length > 1;
 
   function element(tag, attributes = {}, ...children) {
@@ -89,6 +103,9 @@ const Page = (() => {
         if (!found.has(entry.rule)) found.set(entry.rule, { value: entry.rule, label: entry.label });
     return [...found.values()];
   };
+  // The families of the rules in some lists of entries, the references apart.
+  const references = ["no cutoff", "size oracle"];
+  const familiesOf = (entries) => [...new Set(entries.map((e) => e.family))].filter((f) => !references.includes(f));
   const temperatureOptions = (all) =>
     [...new Set(all)].sort((a, b) => a - b).map((t) => ({ value: t, label: `T = ${t}` }));
   const lines = (mark) => ({ kind: "line", markers: true, ...mark });
@@ -134,6 +151,8 @@ const Page = (() => {
     colour,
     share,
     shareUpTo,
+    shareLog,
+    axes,
     several,
     hidden,
     element,
@@ -141,6 +160,8 @@ const Page = (() => {
     prefixed,
     panel,
     rulesOf,
+    references,
+    familiesOf,
     temperatureOptions,
     lines,
     end,

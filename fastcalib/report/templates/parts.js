@@ -37,9 +37,10 @@ const Parts = (() => {
   function logTicks(min, max, count) {
     const low = Math.ceil(Math.log10(min) - 1e-9),
       high = Math.floor(Math.log10(max) + 1e-9);
-    if (high - low < 1) {
-      return [1, 2, 3, 5]
-        .flatMap((m) => [low - 1, low, high].map((e) => m * 10 ** e))
+    // Of one power of ten or two, parts are written too.
+    if (high - low < 2) {
+      return (high - low < 1 ? [1, 2, 3, 5] : [1, 2, 5])
+        .flatMap((m) => [low - 1, low, high].map((e) => +(m * 10 ** e).toPrecision(3)))
         .filter((t, i, all) => t >= min * 0.999 && t <= max * 1.001 && all.indexOf(t) === i)
         .sort((a, b) => a - b);
     }
@@ -54,7 +55,8 @@ const Parts = (() => {
     const low = f(axis.min),
       span = f(axis.max) - low || 1;
     const place = (v) => from + ((f(v) - low) / span) * (to - from);
-    return { place, inside: (v) => v != null && (!axis.log || v > 0) };
+    // A logarithmic axis may leave out what is too small for it; there is no place for that.
+    return { place, inside: (v) => v != null && (!axis.log || v >= axis.min * 0.999) };
   }
 
   const number = (v) => {
@@ -68,7 +70,7 @@ const Parts = (() => {
   const percent = (v) => {
     if (v == null) return "–";
     const p = 100 * v;
-    if (p && Math.abs(p) < 0.01) return `${p.toExponential(1)}%`;
+    if (p && Math.abs(p) < 1e-6) return `${p.toExponential(0)}%`;
     if (p < 100 && p >= 99.95) return "> 99.9%";
     return `${+p.toPrecision(Math.abs(p) >= 10 ? 3 : 2)}%`;
   };
@@ -98,7 +100,7 @@ const Parts = (() => {
   };
 
   // Labels go to the first place beside their point that is free of points, lines and other labels; if there is none, lines
-  // may be crossed; if there is none then, the label stays away.
+  // may be crossed; if there is none then, the label stays away. A line offers several points, the best first.
   function placeLabels(labels, frame, parent, points, lines) {
     const taken = [...points];
     const meet = (a, b) => a.x < b.x + b.width && b.x < a.x + a.width && a.y < b.y + b.height && b.y < a.y + a.height;
@@ -106,26 +108,23 @@ const Parts = (() => {
       const width = textWidth(label.text, 11.5) + 2;
       const height = 14;
       const gap = label.gap ?? 7;
-      const middle = label.y - height / 2;
-      const right = label.x + gap;
-      const left = label.x - gap - width;
-      const centre = Math.min(Math.max(label.x - width / 2, frame.left), frame.width - width);
-      const above = label.y - gap - height;
-      const places = {
-        right: [0, -14, 14, -28, 28, -42].map((dy) => [right, middle + dy]),
-        above: [[centre, above]],
+      const around = ([px, py]) => {
+        const [right, left, middle, above] = [px + gap, px - gap - width, py - height / 2, py - gap - height];
+        const centre = Math.min(Math.max(px - width / 2, frame.left), frame.width - width);
+        if (label.only === "above") return [[centre, above]];
+        return [
+          [right, middle],
+          [left, middle],
+          [centre, above],
+          [centre, py + gap],
+          [right, py - height - 2],
+          [right, py + 2],
+          [left, py - height - 2],
+          [left, py + 2],
+        ];
       };
-      const anywhere = [
-        [right, middle],
-        [left, middle],
-        [centre, above],
-        [centre, label.y + gap],
-        [right, label.y - height - 2],
-        [right, label.y + 2],
-        [left, label.y - height - 2],
-        [left, label.y + 2],
-      ];
-      const boxes = (places[label.only] || anywhere)
+      const boxes = (label.places || [[label.x, label.y]])
+        .flatMap(around)
         .map(([x, y]) => ({ x, y, width, height }))
         .filter((box) => box.x >= frame.left - 2 && box.x + width <= frame.width)
         .filter((box) => box.y >= frame.top - 12 && box.y + height <= frame.bottom + 2)
@@ -138,6 +137,27 @@ const Parts = (() => {
         { x: spot.x + 1, y: spot.y + 11, class: "direct", style: `fill:${label.colour}` },
         parent,
         label.text,
+      );
+    }
+  }
+
+  // Names of lines, right of where each ends: in the order of the ends, one below the other where they would meet.
+  function placeEnds(ends, frame, parent) {
+    const step = 14;
+    const columns = [];
+    for (const end of [...ends].sort((a, b) => a.x - b.x)) {
+      const column = columns.find((c) => Math.abs(c[0].x - end.x) < 30);
+      if (column) column.push(end);
+      else columns.push([end]);
+    }
+    for (const column of columns) {
+      column.sort((a, b) => a.y - b.y);
+      let y = -Infinity;
+      const lines = column.map((end) => (y = Math.max(end.y, y + step)));
+      const low = frame.bottom + 4;
+      for (let i = lines.length - 1, most = low; i >= 0; i--, most -= step) lines[i] = Math.min(lines[i], most);
+      column.forEach((end, i) =>
+        svg("text", { x: end.x + 8, y: lines[i] + 4, class: "direct", style: `fill:${end.colour}` }, parent, end.text),
       );
     }
   }
@@ -168,6 +188,7 @@ const Parts = (() => {
     path,
     SHAPES,
     placeLabels,
+    placeEnds,
     along,
     number,
     percent,

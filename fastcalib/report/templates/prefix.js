@@ -82,7 +82,9 @@
     const runs = of("valid");
     const host = add(
       "Ranks of the valid tokens",
-      "Each tall stroke is a valid token at its rank among all tokens; short grey strokes are the invalid ones at the head of the ranking. A perfect order has every valid token left of the mark, which stands at the number of valid tokens.",
+      "Each tall stroke is a valid token at its rank among all tokens; short grey strokes are the invalid ones among the first " +
+        `${Math.max(...runs.map(([, d]) => (d.top ? d.top.position.length : 0)))}. A perfect order has no valid token right of the ` +
+        "diamond, which stands at the number of valid tokens.",
     );
     const most =
       Math.max(
@@ -196,7 +198,7 @@
   function probabilities(add, runs) {
     const host = add(
       "Probabilities beside the target",
-      "Valid tokens, the one with most answers below it first. The grey line is the target: in proportion to the answers below. Dots are the model's probabilities among the valid tokens, at temperature 1.",
+      "One dot a valid token, the one with most answers below it first: the model's probability at temperature 1, among the valid tokens alone. The grey line is the target, in proportion to the answers below. Dots above it are drawn too often.",
     );
     Chart.facets(
       host,
@@ -216,10 +218,11 @@
           note: `Valid tokens have ${percent(v.mass)} of all probability.`,
           spec: {
             label: `Probabilities of the valid tokens, ${data.runs[run]}`,
+            inside: true,
             x: {
               min: 0.5,
               max: order.length + 0.5,
-              label: "valid token",
+              label: "valid token, most answers below it first",
               format: count,
               ticks: order.length < 12 ? order.map((_, k) => k + 1) : null,
             },
@@ -234,6 +237,7 @@
               {
                 kind: "line",
                 name: "target",
+                end: "target",
                 colour: "var(--muted)",
                 points: order.flatMap((i, k) => [
                   { x: k + 0.5, y: v.w[i] },
@@ -263,7 +267,7 @@
   function fits(add, of) {
     const host = add(
       "Logit against rank",
-      "A straight head up to the knee, then a logarithmic tail: the form that language models' logits are said to follow. Filled dots are valid tokens.",
+      "Logits of language models are said to fall with rank along a straight line up to a knee (bent here, as ranks stand on a logarithmic axis), then along a logarithm. The black line is the best fit of that form. Filled dots are valid tokens.",
     );
     Chart.facets(
       host,
@@ -308,7 +312,7 @@
           });
           return {
             title: several ? data.runs[run] : "",
-            note: `R² ${number(f.r_squared)}; knee at rank ${count(f.knee)}; tail falls ${number(-f.decay)} nats for each e-fold of rank.`,
+            note: `R² ${number(f.r_squared)} (1 is a perfect fit); knee at rank ${count(f.knee)}; beyond it the logit falls by ${number(-f.decay * Math.LN10)} with each factor of ten in rank.`,
             spec: {
               label: `Logit against rank, ${data.runs[run]}`,
               x: { log: true, min: 1, max: most * 1.1, label: "rank" },

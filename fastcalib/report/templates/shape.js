@@ -11,8 +11,18 @@
       [
         ["valid_mass", "Valid mass", "probability of all valid tokens together", percent],
         ["kl", "Distance from the target", "KL(w || p) in nats, invalid tokens included", number],
-        ["kl_valid", "Distance among the valid tokens", "KL(w || p on the valid tokens) in nats", number],
-        ["evenness", "Evenness", "equally likely tokens with the same entropy, as a share of the valid ones", percent],
+        [
+          "kl_valid",
+          "Distance among the valid tokens",
+          "KL(w || p on the valid tokens) in nats, where there are several",
+          number,
+        ],
+        [
+          "evenness",
+          "Evenness",
+          "equally likely tokens with the same entropy, as a share of the valid ones, where there are several",
+          percent,
+        ],
         [
           "expected_distinct",
           "Distinct valid tokens drawn",
