@@ -164,7 +164,6 @@ def _rows(
 ):  # fmt: skip
     SUMMED: tl.constexpr = LANES * VECTOR * UNROLL
     row = tl.program_id(0).to(tl.int64)
-    target = row_of(out, row, out_inner, out_outer_stride, out_inner_stride)
     id = tl.load(ids + row)
     nan = float("nan")
     kind = ZERO
@@ -300,6 +299,7 @@ def _rows(
         constant = constant * tl.exp2(-(log_s0.to(tl.float32).to(tl.float64)) * LOG2E)
         kind = tl.where(asked, tl.where(dead, tl.where(undefined, UNDEFINED, ZERO), GENERAL), ZERO)
         if kind == GENERAL:
+            target = row_of(out, row, out_inner, out_outer_stride, out_inner_stride)
             tl.debug_barrier()  # every lane has read the row before any of it is replaced
             _write_gradient(
                 source, target, vocab, width, best, c, constant.to(tl.float32), unit.to(tl.float32), SMOOTHING,
@@ -320,6 +320,7 @@ def _rows(
             )  # fmt: skip
     if kind != GENERAL:
         tl.debug_barrier()
+        target = row_of(out, row, out_inner, out_outer_stride, out_inner_stride)
         columns = tl.arange(0, TILE)
         fill = tl.where(kind == UNDEFINED, nan, 0.0)
         for at in tl.range(0, width, TILE):
