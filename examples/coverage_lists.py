@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastcalib.demo.errors import DemoError
 from fastcalib.demo.valid import tasks
+from fastcalib.errors import UserError
 from fastcalib.runner.model import load_module, locate, token_count
 from fastcalib.storage import Store
 
@@ -87,7 +87,7 @@ def main() -> None:
         typer.run(run)
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on from there.")
-    except DemoError as error:
+    except UserError as error:
         sys.exit(str(error))
 
 

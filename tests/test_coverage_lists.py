@@ -63,14 +63,6 @@ def network() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def encoded(task: Task, answer: str) -> tuple[list[int], int]:
     """The whole text with its end token, and how many of its tokens are the prompt."""
     prompt = tokenizer()(f"{task.question} Answer:")["input_ids"]

@@ -98,15 +98,6 @@ def options(tmp_path: Path) -> DemoOptions:
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Waiting for other threads costs far more than these tiny tensors, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def draws() -> None:
     """Asked for by the tests that look at the figures."""

@@ -28,7 +28,7 @@ from fastcalib.runner.score import ScoreOptions, run_score
 from fastcalib.runner.tables import SCHEMAS, read_facts, read_table
 from fastcalib.runner.tasks import Task, build_trie
 
-from .tiny_model import VOCAB, save_tiny_model
+from .tiny_model import VOCAB, save_tiny_model, tiny_options
 
 TASK = Task("words", "Say:", ("ab", "abcd", "abce", "ba", "bab", "c", "dddd", "ddde", "ddee"), tuple(range(1, 10)))
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -43,17 +43,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(folder: Path, tmp_path: Path) -> DiagnoseOptions:
-    return DiagnoseOptions(
-        out=tmp_path / "out", model=str(folder), temperatures=TEMPERATURES, rules=RULES, batch=3, top=10, fit_ranks=50
-    )
+    return tiny_options(folder, tmp_path / "out", temperatures=TEMPERATURES, rules=RULES)
 
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory) -> DiagnoseOptions:
-    out = tmp_path_factory.mktemp("finished")
-    options = DiagnoseOptions(
-        out=out, model=str(folder), temperatures=TEMPERATURES, rules=RULES, batch=3, top=10, fit_ranks=50
-    )
+    options = tiny_options(folder, tmp_path_factory.mktemp("finished"), temperatures=TEMPERATURES, rules=RULES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests: the bits of the model's own products depend on it
     run(options)

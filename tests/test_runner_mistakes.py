@@ -31,7 +31,7 @@ from fastcalib.runner.score import ScoreOptions, run_score
 from fastcalib.runner.tables import read_facts, read_table
 from fastcalib.runner.tasks import Task
 
-from .tiny_model import save_tiny_model
+from .tiny_model import save_tiny_model, tiny_options
 
 TASK = Task("words", "Say:", ("ab", "abc", "ba"))
 
@@ -43,9 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(folder: Path, tmp_path: Path) -> DiagnoseOptions:
-    return DiagnoseOptions(
-        out=tmp_path / "out", model=str(folder), temperatures=(1.0,), rules=(KeepAll(),), batch=3, top=10, fit_ranks=50
-    )
+    return tiny_options(folder, tmp_path / "out", temperatures=(1.0,), rules=(KeepAll(),))
 
 
 def run(options: DiagnoseOptions, console: Console | None = None, task: Task | None = TASK, **how):

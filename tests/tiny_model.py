@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,3 +30,10 @@ def save_tiny_model(folder: Path) -> Path:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_options(folder: Path, out: Path, **more: Any) -> Any:
+    """DiagnoseOptions for the model in ``folder``, small as it is."""
+    from fastcalib.runner.options import DiagnoseOptions
+
+    return DiagnoseOptions(out=out, model=str(folder), batch=3, top=10, fit_ranks=50, **more)

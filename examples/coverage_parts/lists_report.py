@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from fastcalib.storage import whole_file
 
 from . import exact
 from .lists import Settings, split
-from .report import LEVEL
+from .report import LEVEL, as_markdown, cell, signed, spread
 from .training import TEMPERATURES
 
 PARTS = {"all": "all answers", "learnt": "learnt", "held_out": "held out"}
@@ -123,18 +122,10 @@ def table(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"list": task, "loss": loss, "seeds": sorted(seeds)}
         reference = values[task, "nll"]
         for name in MEASURES:
-            row[name] = _spread([seeds[s][name] for s in row["seeds"]])
-            row[name]["minus_nll"] = _spread([seeds[s][name] - reference[s][name] for s in row["seeds"]])
+            row[name] = spread([seeds[s][name] for s in row["seeds"]])
+            row[name]["minus_nll"] = spread([seeds[s][name] - reference[s][name] for s in row["seeds"]])
         rows.append(row)
     return rows
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": statistics.fmean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "values": values,
-    }
 
 
 def markdown(rows: Sequence[dict[str, Any]], task: str) -> str:
@@ -148,18 +139,14 @@ def markdown(rows: Sequence[dict[str, Any]], task: str) -> str:
             continue
         difference = row["recall_all"]["minus_nll"]
         above = sum(d > 0 for d in difference["values"])
-        against = [f"{difference['mean']:+.3f} ± {difference['sd']:.3f}", f"{above} of {len(row['seeds'])}"]
+        against = [signed(difference), f"{above} of {len(row['seeds'])}"]
         cells = [
             row["loss"],
-            *(_cell(row[name]) for name in shown[:3]),
+            *(cell(row[name]) for name in shown[:3]),
             *(["", ""] if row["loss"] == "nll" else against),
         ]
-        lines.append(cells + [_cell(row[name]) for name in shown[3:]])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _cell(spread: dict[str, Any]) -> str:
-    return f"{spread['mean']:.3f} ± {spread['sd']:.3f}"
+        lines.append(cells + [cell(row[name]) for name in shown[3:]])
+    return as_markdown(lines)
 
 
 def write(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:

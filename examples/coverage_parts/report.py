@@ -54,17 +54,18 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, seeds in by_loss.items():
         row: dict[str, Any] = {"loss": name, "seeds": sorted(seeds)}
         for measure in MEASURES:
-            row[measure] = _spread([seeds[s][measure] for s in row["seeds"]])
-            row[measure]["minus_nll"] = _spread([seeds[s][measure] - reference[s][measure] for s in row["seeds"]])
+            row[measure] = spread([seeds[s][measure] for s in row["seeds"]])
+            row[measure]["minus_nll"] = spread([seeds[s][measure] - reference[s][measure] for s in row["seeds"]])
         row["alpha_at_one"] = {
-            lam: _spread([alphas[name][s][lam] - alphas["nll"][s][lam] for s in row["seeds"]])
+            lam: spread([alphas[name][s][lam] - alphas["nll"][s][lam] for s in row["seeds"]])
             for lam in alphas[name][row["seeds"][0]]
         }
         rows.append(row)
     return rows
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def spread(values: list[float]) -> dict[str, Any]:
+    """Values of the seeds, their mean and standard deviation."""
     return {
         "mean": statistics.fmean(values),
         "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -81,26 +82,33 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         difference = row["recall_at_level"]["minus_nll"]
         above = sum(d > 0 for d in difference["values"])
-        against = ["", ""] if row["loss"] == "nll" else [_signed(difference), f"{above} of {len(row['seeds'])}"]
-        cells = [row["loss"], *(_cell(row[name]) for name in shown[:3]), *against]
-        lines.append(cells + [_cell(row[name]) for name in shown[3:]])
+        against = ["", ""] if row["loss"] == "nll" else [signed(difference), f"{above} of {len(row['seeds'])}"]
+        cells = [row["loss"], *(cell(row[name]) for name in shown[:3]), *against]
+        lines.append(cells + [cell(row[name]) for name in shown[3:]])
+    return as_markdown(lines)
+
+
+def cell(value: dict[str, Any]) -> str:
+    """A :func:`spread` in words."""
+    return f"{value['mean']:.3f} ± {value['sd']:.3f}"
+
+
+def signed(value: dict[str, Any]) -> str:
+    """A difference."""
+    return f"{value['mean']:+.3f} ± {value['sd']:.3f}"
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    """Cells as a table; the second line is the rule below the head."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _cell(spread: dict[str, Any]) -> str:
-    return f"{spread['mean']:.3f} ± {spread['sd']:.3f}"
-
-
-def _signed(spread: dict[str, Any]) -> str:
-    return f"{spread['mean']:+.3f} ± {spread['sd']:.3f}"
 
 
 def rays(rows: list[dict[str, Any]]) -> str:
     """alpha_lam at T = 1 less nll's, as a markdown table: does a loss gain most on its own ray?"""
     lams = list(rows[0]["alpha_at_one"])
     lines = [["loss", *(f"lam = {lam}" for lam in lams)], ["---"] * (len(lams) + 1)]
-    lines += [[row["loss"], *(_signed(row["alpha_at_one"][lam]) for lam in lams)] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    lines += [[row["loss"], *(signed(row["alpha_at_one"][lam]) for lam in lams)] for row in rows]
+    return as_markdown(lines)
 
 
 def write(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._arguments import check_ignore_index, check_target, outside, raise_bad_target
-from ..ops.softmax import softmax
+from ..ops._arguments import check_target
 from .bins import cell_index, check_count
-from .full import CHUNK_ELEMENTS, blocks
+from .full import CHUNK_ELEMENTS, add_every_class
 from .mergeable import as_temperatures
 
 # Probabilities are added as multiples of 2^-36, in integers: the same sum in any order, on any device, off by 2^-37 a
@@ -97,26 +96,11 @@ class ClasswiseCalibrationState:
             TypeError, ValueError: shapes and dtypes that do not fit, a target outside the vocabulary.
         """
         width = check_target("ClasswiseCalibrationState.update", logits, target, self.vocab_size)
-        check_ignore_index(ignore_index)
-        target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
-        wanted = (target != ignore_index) & ~outside(target, width, ignore_index)
-        if target.device.type == "cpu" and bool((wanted != (target != ignore_index)).any()):
-            raise_bad_target(target, width, ignore_index)
-        ids, device = torch.where(wanted, target, 0), self.gap.device
-        for z, y, use in blocks(logits, ids, wanted, max(1, CHUNK_ELEMENTS // width)):
-            z = z[:, :width].to(torch.promote_types(z.dtype, torch.float32))
-            defined = use.new_zeros(0)
-            for k, temperature in enumerate(self.temperatures):
-                p = softmax(z, temperature, backend=backend)
-                defined = ~p.isnan().any(-1)
-                self._add(k, p, y, use & defined)
-            self.n_tokens += (use & defined).sum().to(device)
-            self.n_undefined += (use & ~defined).sum().to(device)
+        add_every_class(self, logits, target, width, ignore_index, max(1, CHUNK_ELEMENTS // width), backend)
 
-    def _add(self, k: int, p: Tensor, target: Tensor, use: Tensor) -> None:
-        """Probabilities (n, V) at temperature k; rows not in ``use`` (n,) count for nothing."""
+    def add_probabilities(self, k: int, p: Tensor, target: Tensor, use: Tensor) -> None:
+        """Probabilities (n, V) at temperature k; rows not in ``use`` (n,) are 0 and count for nothing."""
         device = self.gap.device
-        p = torch.where(use[:, None], p, 0.0)
         units = (p * -UNIT).round_().long()  # a power of two: nothing is lost in float32 either
         units.scatter_add_(1, target[:, None], (use * int(UNIT))[:, None])
         place = cell_index(p, self.n_bins).add_(torch.arange(self.vocab_size, device=p.device) * self.n_bins)

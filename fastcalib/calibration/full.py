@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -81,27 +82,12 @@ class FullCalibrationState(BinnedState):
             TypeError, ValueError: shapes and dtypes that do not fit, a target outside the vocabulary.
         """
         width = check_target("FullCalibrationState.update", logits, target, vocab_size)
-        check_ignore_index(ignore_index)
-        target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
-        wanted = (target != ignore_index) & ~outside(target, width, ignore_index)
-        if target.device.type == "cpu" and bool((wanted != (target != ignore_index)).any()):
-            raise_bad_target(target, width, ignore_index)
-        ids = torch.where(wanted, target, 0)
-        for z, y, use in blocks(logits, ids, wanted, max(1, CHUNK_ELEMENTS // max(width, self.cells))):
-            z = z[:, :width].to(torch.promote_types(z.dtype, torch.float32))
-            defined = use.new_zeros(0)
-            for k, temperature in enumerate(self.temperatures):
-                p = softmax(z, temperature, backend=backend)
-                defined = ~p.isnan().any(-1)
-                self._add(k, p, y, use & defined)
-            device = self.n_tokens.device
-            self.n_tokens += (use & defined).sum().to(device)
-            self.n_undefined += (use & ~defined).sum().to(device)
+        rows = max(1, CHUNK_ELEMENTS // max(width, self.cells))
+        add_every_class(self, logits, target, width, ignore_index, rows, backend)
 
-    def _add(self, k: int, p: Tensor, target: Tensor, use: Tensor) -> None:
-        """Probabilities (n, V) at temperature k; rows not in ``use`` (n,) count for nothing."""
+    def add_probabilities(self, k: int, p: Tensor, target: Tensor, use: Tensor) -> None:
+        """Probabilities (n, V) at temperature k; rows not in ``use`` (n,) are 0 and count for nothing."""
         n, device = p.shape[0], self.n_tokens.device
-        p = torch.where(use[:, None], p, 0.0)
         cell = cell_index(p, self.cells)
         hit_cell = cell.gather(1, target[:, None]).squeeze(1)
         place = cell.add_(torch.arange(n, device=p.device)[:, None] * self.cells).reshape(-1)
@@ -120,6 +106,39 @@ class FullCalibrationState(BinnedState):
         """
         hits, confidence = coarsen(self.cell_hits, n_bins), coarsen(self.cell_confidence, n_bins)
         return (hits - confidence).abs().sum(-1) / self.n_tokens
+
+
+class EveryClass(Protocol):
+    """A state that takes in the whole softmax of each token."""
+
+    temperatures: tuple[float, ...]
+    n_tokens: Tensor
+    n_undefined: Tensor
+
+    def add_probabilities(self, k: int, p: Tensor, target: Tensor, use: Tensor) -> None:
+        """Probabilities (n, V) at temperature k; rows not in ``use`` (n,) are 0 and count for nothing."""
+
+
+def add_every_class(
+    state: EveryClass, logits: Tensor, target: Tensor, width: int, ignore_index: int, rows: int, backend: str
+) -> None:
+    """The first ``width`` probabilities of each token that has a softmax, at every temperature, some rows at a time."""
+    check_ignore_index(ignore_index)
+    target = target.to(torch.int64)  # a uint8 156 would compare equal to -100
+    wanted = (target != ignore_index) & ~outside(target, width, ignore_index)
+    if target.device.type == "cpu" and bool((wanted != (target != ignore_index)).any()):
+        raise_bad_target(target, width, ignore_index)
+    ids, device = torch.where(wanted, target, 0), state.n_tokens.device
+    for z, y, use in blocks(logits, ids, wanted, rows):
+        z = z[:, :width].to(torch.promote_types(z.dtype, torch.float32))
+        defined = use.new_zeros(0)
+        for k, temperature in enumerate(state.temperatures):
+            p = softmax(z, temperature, backend=backend)
+            defined = ~p.isnan().any(-1)
+            used = use & defined
+            state.add_probabilities(k, torch.where(used[:, None], p, 0.0), y, used)
+        state.n_tokens += (use & defined).sum().to(device)
+        state.n_undefined += (use & ~defined).sum().to(device)
 
 
 def blocks(logits: Tensor, target: Tensor, use: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

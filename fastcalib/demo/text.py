@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import DemoError
+from ..errors import UserError
 
 
 def default_text() -> str:
@@ -29,15 +29,15 @@ def default_text() -> str:
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
-    """Text and its name for people; DemoError if the file cannot be read."""
+    """Text and its name for people; UserError if the file cannot be read."""
     if path is None:
         return default_text(), "CPython's language reference (pydoc_data.topics)"
     try:
         return path.read_text(encoding="utf-8-sig"), path.name
     except FileNotFoundError:
-        raise DemoError(f"--text {path}: there is no such file") from None
+        raise UserError(f"--text {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"--text {path}: cannot be read as UTF-8 text ({error})") from None
+        raise UserError(f"--text {path}: cannot be read as UTF-8 text ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def cut(ids: Tensor, window: int, n_tokens: int) -> Windows:
     two halves are equal.
 
     Raises:
-        DemoError: fewer than two windows in the text.
+        UserError: fewer than two windows in the text.
     """
     wanted = 2 * max(1, -(-n_tokens // (2 * window)))
     n = min(wanted, 2 * ((ids.numel() - 1) // (2 * window)))
     if n < 2:
-        raise DemoError(
+        raise UserError(
             f"the text is too short: {ids.numel()} tokens, but two windows of {window} need {2 * window + 1}; "
             f"give a longer --text or a smaller --window"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 
 import fastcalib
@@ -21,6 +21,7 @@ from ..diagnostics.order import Order, order_from_ranks
 from ..errors import UserError, require
 from ..storage import Record, Store, digest, fingerprint
 from .assemble import Results, sequence_tables, write_tables
+from .bars import progress
 from .measure import measure
 from .model import LanguageModel, ModelSource, load, locate, model_facts, pick_device, positions
 from .options import DiagnoseOptions, make_folder
@@ -69,7 +70,7 @@ def run_diagnose(
                 order = _order(found, model.vocab_size, options)
                 sequences = sequence_tables(trie, found, options) if found.complete else None
                 write_tables(new, trie, found, order, sequences, options, model.tokenizer)
-            scored = before if before and before.calibration and _is_of(before, source) else None
+            scored = before if before and before.calibration and is_of(before, source) else None
             facts = RunFacts(
                 model=model_facts(source, model),
                 task=_task_facts(task, trie, options),
@@ -80,7 +81,7 @@ def run_diagnose(
             )
             write_facts(new, facts)
     show(facts, trie, found, order, sequences, console)
-    if before and before.task and (not _is_of(before, source) or before.task != facts.task):
+    if before and before.task and (not is_of(before, source) or before.task != facts.task):
         console.print(
             f"A run of {before.model.get('name')} on {before.task.get('name')} was in {options.out} and is replaced.",
             style="yellow",
@@ -259,7 +260,8 @@ def _option_facts(options: DiagnoseOptions, found: Results, reason: str | None) 
     }
 
 
-def _is_of(facts: RunFacts, source: ModelSource) -> bool:
+def is_of(facts: RunFacts, source: ModelSource) -> bool:
+    """Whether a run is of this model."""
     return (facts.model.get("name"), facts.model.get("source")) == (source.name, source.place)
 
 
@@ -297,12 +299,6 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
     }
-
-
-def progress(console: Console) -> Progress:
-    """The bars of a command."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
 
 
 __all__ = ["DiagnoseOptions", "UserError", "run_diagnose"]

@@ -23,7 +23,8 @@ from ..demo.tokens import TEMPERATURES, TokenResult, batches
 from ..demo.tokens import measure as measure_tokens
 from ..errors import UserError, require
 from ..storage import Record, Store, fingerprint
-from .diagnose import progress, versions
+from .bars import progress
+from .diagnose import is_of, versions
 from .model import LanguageModel, ModelSource, check_dtype, load, locate, model_facts, pick_device, positions
 from .options import make_folder
 from .tables import RunFacts, facts_before, write_facts, write_table
@@ -78,7 +79,7 @@ def run_score(
         raise UserError(f"--text {options.text}: there is nothing in it to measure on")
     make_folder(options.out)
     before = facts_before(options.out)
-    if before and (before.model.get("name"), before.model.get("source")) != (source.name, source.place):
+    if before and not is_of(before, source):
         alike = before.model.get("name") == source.name
         old, new = (before.model.get("source"), source.place) if alike else (before.model.get("name"), source.name)
         raise UserError(f"--out {options.out} holds a run of {old}, not of {new}: take another folder")
