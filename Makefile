@@ -28,7 +28,7 @@ GRID_TESTS = $(wildcard tests/test_statistics*.py tests/test_ranks*.py tests/tes
 	tests/test_edge_cases.py tests/test_determinism.py $(wildcard tests/test_fused*.py) tests/test_long_rows.py tests/test_moments.py
 # Whatever reaches the C++ kernels: cutoff rules, linear layers and distributions too, whose Triton kernels have emulated
 # tests of their own.
-SANITIZE_TESTS = $(GRID_TESTS) tests/test_cutoff_kernels.py \
+SANITIZE_TESTS = $(GRID_TESTS) tests/test_cutoff_kernels.py tests/test_diagnose.py \
 	$(filter-out tests/test_pr_triton.py,$(wildcard tests/test_linear_*.py tests/test_pr_*.py))
 
 # A CUDA compiler without a toolkit: 271 MB from PyPI. Needs neither a GPU nor a driver.
