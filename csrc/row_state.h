@@ -17,7 +17,7 @@
 
 // One body, one rounding: inlined at two places, the same lines may be contracted to different fused multiply-adds, and a row
 // would get other bits when its segments are shared out.
-#if defined(__CUDACC__)
+#if defined(__CUDACC__)  // compiled without contraction
 #define FASTCALIB_ONE_BODY
 #else
 #define FASTCALIB_ONE_BODY __attribute__((noinline))

@@ -158,13 +158,13 @@ template <class T> int launch(const SoftmaxArgs& args, SoftmaxPart* parts, const
 
 size_t softmax_workspace(const SoftmaxArgs& args) {
     Carver carver(nullptr);
-    carver.take<SoftmaxPart>(args.logits.rows * plan_two_looks(args, 1).segments);
+    carver.take<SoftmaxPart>(args.logits.rows * plan_two_looks(args.logits, args.vocab, args.width, 1).segments);
     return carver.used();
 }
 
 int launch_softmax(const SoftmaxArgs& args, void* workspace, Stream stream) {
     if (args.logits.rows == 0) return 0;
-    const TwoLooks plan = plan_two_looks(args, 1);
+    const TwoLooks plan = plan_two_looks(args.logits, args.vocab, args.width, 1);
     if (args.logits.rows > kMostBlocks / (plan.split ? plan.written : 1)) return int(cudaErrorInvalidConfiguration);
     SoftmaxPart* parts = Carver(workspace).take<SoftmaxPart>(args.logits.rows * plan.segments);
     return with_storage(args.logits.dtype,

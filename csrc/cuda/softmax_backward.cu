@@ -247,12 +247,12 @@ size_t carve(Parts& parts, void* workspace, const SoftmaxArgs& args, const TwoLo
 
 size_t softmax_backward_workspace(const SoftmaxArgs& args) {
     Parts parts;
-    return carve(parts, nullptr, args, plan_two_looks(args, 2));
+    return carve(parts, nullptr, args, plan_two_looks(args.logits, args.vocab, args.width, 2));
 }
 
 int launch_softmax_backward(const SoftmaxArgs& args, void* workspace, Stream stream) {
     if (args.logits.rows == 0) return 0;
-    const TwoLooks plan = plan_two_looks(args, 2);
+    const TwoLooks plan = plan_two_looks(args.logits, args.vocab, args.width, 2);
     if (args.logits.rows > kMostBlocks / (plan.split ? plan.written : 1)) return int(cudaErrorInvalidConfiguration);
     Parts parts;
     carve(parts, workspace, args, plan);

@@ -27,6 +27,11 @@ template <bool Streaming> __device__ __forceinline__ void store_vector(void* to,
                      : "memory");
 }
 
+// Slots of a segment that hold columns before `width`: as many are written.
+template <class T> __device__ __forceinline__ int slots_before(int64_t width, int64_t start) {
+    return int(min(int64_t(kVectors), (width - start + kStride<T> - 1) / kStride<T>));
+}
+
 // Each lane's vector of logits starts `shift` elements behind a multiple of 16 bytes in the output. A lane therefore
 // writes the aligned vector that begins with the last elements of the lane before it; what hangs over the ends of the
 // 512 bytes of a warp, or over the end of the row, is written element by element.

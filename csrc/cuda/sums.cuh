@@ -24,8 +24,7 @@ __device__ __forceinline__ float power_of_two(float t) {
     return e;
 }
 
-// Intrinsics fix every rounding: the same lines are inlined into several kernels, and a compiler free to fuse a
-// multiplication and an addition here and not there would give a row other bits with ranks=True than without.
+// Intrinsics say of each step how it is rounded; CMakeLists.txt, why nothing else may be fused.
 template <bool Moments> struct PowerSums {
     float s0[2] = {0, 0}, s1[2] = {0, 0}, s2[2] = {0, 0}, r2[2] = {0, 0};  // even and odd elements: chains of 32 terms
 
@@ -65,6 +64,18 @@ __device__ __forceinline__ void sum_powers(const Segment<T>& segment, float top,
         const double sum = warp_sum(total(sums.s0));
         if (lane_index() < 4) parts[warp_index()][lane_index()] = lane_index() == 0 ? sum : 0.0;
     }
+}
+
+// The c of row_state.h.
+__device__ __forceinline__ float power_factor(double temperature) { return float(kLog2e * (1.0 / temperature)); }
+
+// A segment's s0, s1, s2 and r2, by threads 0 to 3 once the parts are there.
+__device__ __forceinline__ void write_sums(const double (*parts)[4], double* to) {
+    if (threadIdx.x >= 4) return;
+    double sum = parts[0][threadIdx.x];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) sum += parts[w][threadIdx.x];
+    to[threadIdx.x] = sum;
 }
 
 // 1 / n of a count, to the last bits of a double: a division would be a call, and a call puts registers away.
@@ -118,7 +129,7 @@ __device__ __forceinline__ WarpSpread careful_spread(const Segment<T>& segment, 
     const double n = double(out.n), mean = warp_sum(double(partial) * 256.0) * reciprocal(out.n);
     const double near = double(float(mean));
     double2 own = about(segment, float(mean)), of = warp_sum_of_two(own.x, own.y);
-    out.sum = n * near + of.x;  // the mean was rounded, and of sums that were
+    out.sum = fma(n, near, of.x);  // the mean was rounded, and of sums that were
     out.excess = n * of.y - of.x * of.x;
     if (of.y < double(infinity())) return out;
     own = about(segment, mean);
@@ -195,6 +206,16 @@ __device__ __forceinline__ void find_spread(const ReduceMemory& memory, SegmentH
     head.mean = over_eight(own.sum) * reciprocal(max(head.n, 1));
     const double d = own.sum * each - head.mean;
     head.m2 = over_eight(own.excess * each + n * (d * d));
+}
+
+// One segment's Head but for the argmax; the first warp calls it before the barrier that follows find_top's.
+template <bool Statistics>
+__device__ __forceinline__ void write_head(SegmentHead* out, float top, const ReduceMemory& memory) {
+    SegmentHead head = {};
+    if constexpr (Statistics) find_spread(memory, head);
+    head.top = top;
+    head.flags = find_flags(memory);
+    if (threadIdx.x == 0) *out = head;
 }
 
 // Lowest column of the maximum, for thread 0 after the next barrier, in memory.argmax.

@@ -30,7 +30,7 @@ __device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int
                                             ReduceMemory& reduce, SuffixScan::TempStorage& scan) {
     const double* temperature = a.temperatures.row(row);
     for (int64_t k = 0; k < a.temperatures.count; ++k) {
-        const float c = float(kLog2e * (1.0 / temperature[k]));
+        const float c = power_factor(temperature[k]);
         double (*parts)[4] = reduce.four[k % 2];  // what thread 0 to 3 still read of k - 1 lies in the other half
         if constexpr (Masses) {
             clear(bins.masses, Bins::words(count, bins.copies));
@@ -40,12 +40,7 @@ __device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int
             if constexpr (Masses) add_masses(bins, places, j, e);
         });
         __syncthreads();
-        if (threadIdx.x < 4 && first_chunk) {
-            double sum = parts[0][threadIdx.x];
-#pragma unroll
-            for (int w = 1; w < kWarps; ++w) sum += parts[w][threadIdx.x];
-            a.partial.sums(row, segment_index, k)[threadIdx.x] = sum;
-        }
+        if (first_chunk) write_sums(parts, a.partial.sums(row, segment_index, k));
         if constexpr (Masses) {
             gather_copies(bins.masses, count, bins.copies);
             uint64_t* out = a.partial.masses(segment_index, k, position);
@@ -55,16 +50,6 @@ __device__ __forceinline__ void sum_segment(const SweepArgs& a, int64_t row, int
                 [&](int j, uint64_t above) { out[j] = above; });
         }
     }
-}
-
-// One segment's Head but for the argmax; the first warp calls it before the barrier that follows find_top's.
-template <bool Statistics>
-__device__ __forceinline__ void write_head(SegmentHead* out, float top, const ReduceMemory& memory) {
-    SegmentHead head = {};
-    if constexpr (Statistics) find_spread(memory, head);
-    head.top = top;
-    head.flags = find_flags(memory);
-    if (threadIdx.x == 0) *out = head;
 }
 
 template <class T, bool Statistics, bool Counting> __global__ void __launch_bounds__(kThreads, Counting ? 2 : 3)

@@ -1,4 +1,5 @@
-// What softmax forward and backward share: rows that are looked at twice, first for a sum and then to be written.
+// What softmax, its gradient and loss and gradient in one share: rows that are looked at twice, first for sums and then
+// to be written.
 //
 // Where the second look finds a row:
 //   - its last segment, still in the registers of the block;
@@ -34,13 +35,13 @@ struct TwoLooks {
 };
 
 // `inputs` is the number of matrices that are read: 1 forward, 2 backward.
-inline TwoLooks plan_two_looks(const SoftmaxArgs& args, int inputs) {
+inline TwoLooks plan_two_looks(const Matrix& logits, int64_t vocab, int64_t width, int inputs) {
     const Device device = current_device();
-    const int64_t length = segment_length(args.logits.dtype);
+    const int64_t length = segment_length(logits.dtype);
     TwoLooks plan;
-    plan.segments = divide_up(args.vocab, length);
-    plan.written = divide_up(args.width, length);
-    plan.split = plan.segments > 1 && args.logits.rows < device.multiprocessors;
+    plan.segments = divide_up(vocab, length);
+    plan.written = divide_up(width, length);
+    plan.split = plan.segments > 1 && logits.rows < device.multiprocessors;
     const int64_t bytes = inputs * int64_t(kSegmentBytes);
     const auto keep = [&](int blocks) {
         // A multiprocessor has 1 KiB more than a block may ask for, and takes that for each block; 2 KiB are static.
@@ -78,11 +79,6 @@ template <class T> __device__ __forceinline__ void take_back(Segment<T>& segment
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) segment.vectors[j] = memory[j * kThreads + threadIdx.x];
     segment.slots = kVectors;
-}
-
-// Slots of a segment that hold columns before `width`: as many are written.
-template <class T> __device__ __forceinline__ int slots_before(int64_t width, int64_t start) {
-    return int(min(int64_t(kVectors), (width - start + kStride<T> - 1) / kStride<T>));
 }
 
 // Sum of one number of each segment, by one warp, in every lane.
