@@ -188,14 +188,16 @@ class Job:
         return (_kernel_linear if linear else _kernel_chunk), linear
 
     def _goes_through_at_once(self, logits: Tensor, backend: str) -> bool:
-        """Whether one call takes each row through forward and backward; on an accelerator if no moment but sum_logits
-        (for label smoothing) is read."""
-        if not self.linear or backend != "triton":
-            return self.linear and backend == "cpp"
+        """Whether one call takes each row through forward and backward; with Triton if no moment but sum_logits (for
+        label smoothing) is read."""
+        if not self.linear or backend == "cpp":
+            return self.linear
         smoothed = isinstance(self.loss_fn, TokenLoss) and not (
             self.loss_fn.formula.moments or self.settings.entropy_bonus
         )
-        return (smoothed or not self.moments) and in_one_launch(logits, self.temperatures, self.width, backend)
+        if backend == "triton" and self.moments and not smoothed:
+            return False
+        return in_one_launch(logits, self.temperatures, self.width, backend)
 
     def reduce(self, made: list[tuple[Tensor, Tensor]], logits: Tensor) -> Tensor:
         """The loss of all tokens from the losses and log-probabilities of each chunk; a loss with a memory is told."""

@@ -72,6 +72,42 @@ int64_t statistics_backward(uintptr_t logits, int dtype, int64_t rows, int64_t i
     return 0;
 }
 
+int64_t fused(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+              int64_t vocab, int64_t width, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count,
+              uintptr_t ids, int64_t ignore_index, uintptr_t out_rows, uintptr_t scalars, uintptr_t log_prob,
+              uintptr_t argmax, uintptr_t saved, uintptr_t grad_rows, uintptr_t grad_scalars, uintptr_t grad_log_prob,
+              uintptr_t out, int64_t to_inner, int64_t to_outer_stride, int64_t to_inner_stride, uintptr_t workspace,
+              int device, uintptr_t stream) {
+    StatisticsArgs f;
+    f.logits = {ptr(logits), dtype, rows, inner, outer_stride, inner_stride};
+    f.vocab = vocab;
+    f.temperatures = {ptr<const double>(temperature), temperature_rows, temperature_count};
+    f.selected = {ptr<const int64_t>(ids), 1, nullptr, ignore_index};
+    f.rows = ptr(out_rows);
+    f.scalars = ptr(scalars);
+    f.log_prob = ptr(log_prob);
+    f.argmax = ptr<int64_t>(argmax);
+    f.saved = ptr(saved);
+    StatisticsBackwardArgs a;
+    a.logits = f.logits;
+    a.vocab = vocab;
+    a.width = width;
+    a.temperatures = f.temperatures;
+    a.selected = f.selected;
+    a.rows = f.rows;
+    a.scalars = f.scalars;
+    a.argmax = f.argmax;
+    a.saved = f.saved;
+    a.grad_rows = ptr(grad_rows);
+    a.grad_scalars = ptr(grad_scalars);
+    a.grad_log_prob = ptr(grad_log_prob);
+    a.out = {ptr(out), dtype, rows, to_inner, to_outer_stride, to_inner_stride};
+    const OnDevice here(device);
+    if (!workspace) return int64_t(fused_workspace(f, a));
+    check(launch_fused(f, a, ptr(workspace), ptr<CUstream_st>(stream)), "fused");
+    return 0;
+}
+
 int64_t ranks(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride,
               int64_t vocab, uintptr_t ids, uintptr_t thresholds, int64_t selected, int64_t per_row, uintptr_t offsets,
               int64_t ignore_index, uintptr_t temperature, int64_t temperature_rows, int64_t temperature_count,
@@ -135,9 +171,14 @@ void bind(pybind11::module_& m) {
     const pybind11::call_guard<pybind11::gil_scoped_release> release;
     m.def("cuda_statistics_forward", &statistics, release);
     m.def("cuda_statistics_backward", &statistics_backward, release);
+    m.def("cuda_fused", &fused, release);
     m.def("cuda_ranks", &ranks, release);
     m.def("cuda_softmax_forward", &softmax, release);
     m.def("cuda_softmax_backward", &softmax_backward, release);
+    m.def("cuda_multiprocessors", [](int device) {
+        const OnDevice here(device);
+        return multiprocessors();
+    });
     m.def("cuda_targets", [] { return std::string(compiled_targets()); });
 }
 

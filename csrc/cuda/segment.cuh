@@ -141,8 +141,11 @@ template <class T> __device__ __forceinline__ int misalignment(const T* row) {
     return int(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
 }
 
-template <class T> __device__ __forceinline__ uint4 load_vector(const T* row, int64_t column) {
-    return __ldg(reinterpret_cast<const uint4*>(row + column));
+// `ReadOnly` says that nobody writes to the row while the kernel runs, which a gradient in its place does.
+template <bool ReadOnly, class T> __device__ __forceinline__ uint4 load_vector(const T* row, int64_t column) {
+    const uint4* from = reinterpret_cast<const uint4*>(row + column);
+    if constexpr (ReadOnly) return __ldg(from);
+    else return __ldcg(from);
 }
 
 // The same, of what nobody reads after: the caches give its place away first.
@@ -169,14 +172,14 @@ template <class T> __device__ __forceinline__ uint4 load_elements(const T* row, 
 
 // One vector of every slot from column `first` on, near the ends of the row. Of one thread at most slot 0 hangs over
 // the start and one other over the end.
-template <class T>
+template <bool ReadOnly, class T>
 __device__ __forceinline__ void load_at_ends(const T* row, int64_t first, int64_t vocab, uint4 (&out)[kVectors]) {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
         const int64_t column = first + j * kStride<T>;
         const bool whole = column >= 0 && column + kPerVector<T> <= vocab;
         out[j] = masked_vector<T>();
-        if (whole) out[j] = load_vector(row, column);
+        if (whole) out[j] = load_vector<ReadOnly>(row, column);
     }
     if (first < 0) out[0] = load_elements(row, first, vocab);
     const int64_t left = vocab - first, slot = left / kStride<T>, rest = left % kStride<T>;
@@ -193,7 +196,7 @@ template <class T> struct Segment {
 
     // Columns [start, start + kSegmentLength) of a row of `vocab`; what is missing is -inf. All lanes take part.
     // `last_time` says that nobody will look at them again. OneAddress saves registers nearly everywhere; ptxas tells.
-    template <bool OneAddress = true>
+    template <bool OneAddress = true, bool ReadOnly = true>
     __device__ __forceinline__ void load(const T* row, int64_t start, int64_t vocab, bool last_time = false) {
         const int64_t left = vocab - start;
         slots = left >= kSegmentLength<T> ? kVectors : int((left + kStride<T> - 1) / kStride<T>);
@@ -209,9 +212,9 @@ template <class T> struct Segment {
             for (int j = 0; j < kVectors; ++j) vectors[j] = load_last_time(row, first + j * kStride<T>);
         } else if (inside) {
 #pragma unroll
-            for (int j = 0; j < kVectors; ++j) vectors[j] = load_vector(row, first + j * kStride<T>);
+            for (int j = 0; j < kVectors; ++j) vectors[j] = load_vector<ReadOnly>(row, first + j * kStride<T>);
         } else {
-            load_at_ends(row, first, vocab, vectors);
+            load_at_ends<ReadOnly>(row, first, vocab, vectors);
         }
         if (shift == 0) return;
         // Lane 31 lacks a neighbour: what it needs for slot j, lane j reads.
@@ -219,7 +222,7 @@ template <class T> struct Segment {
         const int64_t column = start + (threadIdx.x / 32 * 32 + 32) * kPer + lane * kStride<T> - shift;
         uint4 extra = make_uint4(0, 0, 0, 0);
         if (lane < slots) {
-            if (inside || column + kPer <= vocab) extra = load_vector(row, column);
+            if (inside || column + kPer <= vocab) extra = load_vector<ReadOnly>(row, column);
             else extra = load_elements(row, column, vocab);
         }
 #pragma unroll

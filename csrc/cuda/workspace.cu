@@ -48,6 +48,8 @@ OnDevice::~OnDevice() {
     if (previous_ >= 0) (void)cudaSetDevice(previous_);
 }
 
+int multiprocessors() { return current_device().multiprocessors; }
+
 const char* error_name(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
 const char* compiled_targets() {

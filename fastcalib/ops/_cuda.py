@@ -93,6 +93,37 @@ def statistics_backward(
         out.copy_(target.tensor)
 
 
+def fused_serves(logits: Tensor) -> bool:
+    """Whether ``fused`` is the better way: a row for each multiprocessor."""
+    return logits.shape[:-1].numel() >= _module().cuda_multiprocessors(logits.device.index or 0)
+
+
+def fused(
+    out: Tensor,
+    made: tuple[Tensor, ...],
+    grad_rows: Tensor,
+    grad_scalars: Tensor,
+    grad_log_prob: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    index: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+) -> None:
+    """``statistics_forward`` and ``statistics_backward`` in one launch, with the same bits; one token a row. ``out``
+    may be the logits."""
+    layout, target = row_layout(logits), row_layout(out)
+    if layout.n_rows == 0:
+        return
+    rows, scalars, log_prob, argmax, _, _, _, saved = made
+    keep = [t.contiguous() for t in (grad_rows, grad_scalars, grad_log_prob)]
+    _launch(
+        "cuda_fused", layout.tensor, *layout.args()[1:], vocab_size, logits.shape[-1], temperature, *temperature.shape,
+        index, ignore_index, rows, scalars, log_prob, argmax, saved, *keep, target.tensor, target.inner,
+        target.outer_stride, target.inner_stride,
+    )  # fmt: skip
+
+
 def ranks(
     out: tuple[Tensor, Tensor, Tensor],
     logits: Tensor,

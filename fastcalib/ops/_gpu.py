@@ -163,7 +163,9 @@ def linear_statistics_forward(
 
 
 def in_one_launch(logits: Tensor, temperature: Tensor, vocab_size: int, backend: str) -> bool:
-    """Whether ``statistics_with_gradient`` serves a call: Triton, one temperature, a row for each multiprocessor."""
+    """Whether ``statistics_with_gradient`` serves a call: a row for each multiprocessor, with Triton one temperature."""
+    if backend == "cuda":
+        return _cuda.fused_serves(logits)
     return backend == "triton" and bool(
         kernels("fused").serves(logits, logits.shape[:-1].numel(), vocab_size, temperature.shape[1])
     )
@@ -181,13 +183,20 @@ def statistics_with_gradient(
     vocab_size: int,
     ignore_index: int,
     sum_logits: bool,
+    backend: str,
 ) -> None:
-    """Write the gradient into ``out``, which may be the logits, and fill of the packed results what a loss may read
-    that is linear in log_prob, logsumexp, max_prob and, if asked for, sum_logits: those, argmax and the maximum."""
+    """Write the gradient into ``out``, which may be the logits, and fill the packed results. Triton knows only what a
+    loss may read that is linear in log_prob, logsumexp, max_prob and, if asked for, sum_logits: those, argmax and the
+    maximum."""
     check_dtype(logits)
     layout, target, temperature = row_layout(logits), row_layout(out), temperature.contiguous()
     upstream = (grad_rows.contiguous(), grad_scalars.contiguous(), grad_log_prob.contiguous())
     with on_device(logits):
+        if backend == "cuda":
+            _cuda.fused(
+                out, made, *upstream, logits, temperature, index.contiguous(), vocab_size, ignore_index
+            )  # fmt: skip
+            return
         kernels("fused").forward_and_backward(
             target.tensor, rows_of(target), made, *upstream, layout.tensor, rows_of(layout), temperature,
             index.contiguous(), vocab_size, ignore_index, sum_logits,

@@ -191,8 +191,8 @@ def forward_and_backward_into(
     """The statistics (packed as by the registered operation) and, row by row while it is in the cache, the gradient.
 
     For upstream gradients that are known before the statistics are: those of a loss that is linear in them. One
-    selected token a row. ``out`` may be the logits themselves. C++, or Triton where ``_gpu.in_one_launch`` says so:
-    that one knows nothing of the moments but sum_logits, and leaves the others uninitialised.
+    selected token a row. ``out`` may be the logits themselves. C++, or an accelerator where ``_gpu.in_one_launch``
+    says so: Triton knows nothing of the moments but sum_logits, and leaves the others uninitialised.
     """
     layout, target = row_layout(logits), row_layout(out)
     if target.tensor is not out:
@@ -202,7 +202,7 @@ def forward_and_backward_into(
     if _gpu.serves(logits, backend):
         _gpu.statistics_with_gradient(
             out, made, grad_rows, grad_scalars, grad_log_prob, logits, temperature, index, vocab_size, ignore_index,
-            moments,
+            moments, backend,
         )  # fmt: skip
         return made
     rows, scalars, log_prob, argmax, _, _, _, saved = made
