@@ -91,8 +91,8 @@ def _compile(folder: Path, library: Path, sources: list[Path], nvcc: Path, compi
         kept = folder / "kept" / source.stem
         kept.mkdir(parents=True)
         _run(
-            *(nvcc, "-c", "-std=c++20", "-O3", "-fmad=false", target, "-Xcompiler=-fPIC,-O0", "--keep", f"--keep-dir={kept}"),
-            *(source, "-o", folder / f"{source.stem}.o"),
+            *(nvcc, "-c", "-std=c++20", "-O3", "-fmad=false", target, "-Xcompiler=-fPIC,-O0"),
+            *("--keep", f"--keep-dir={kept}", source, "-o", folder / f"{source.stem}.o"),
         )
         (ptx,) = kept.glob("*.ptx")
         shutil.copy(ptx, folder / f"{source.stem}.ptx")

@@ -172,3 +172,27 @@ def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exactly
             assert torch.equal(a, b), f"off by {(a - b).abs().max():.3g}"
         else:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def exact_nll(
+    logits: Tensor, target: Tensor, smoothing: float = 0.0, temperature: float = 1.0, weight: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses and the gradient in float64, ignored rows 0."""
+    z = logits.double().requires_grad_()
+    log_p = (z / temperature).log_softmax(1)
+    kept = target != -100
+    nll = -log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
+    loss = (1 - smoothing) * nll - (smoothing * log_p.mean(1) if smoothing else 0.0)
+    total = torch.where(kept, loss * weight, 0.0).sum()
+    return total.detach(), torch.autograd.grad(total, z)[0]
+
+
+def assert_nll(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.dtype, what: str) -> None:
+    """Half a unit of the dtype, and a few of float32 of each of the terms p and 1[target]."""
+    loss, gradient = got
+    torch.testing.assert_close(loss.double(), want[0], rtol=2e-6, atol=1e-6, msg=lambda m: f"{what}, loss: {m}")
+    eps = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+    tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # below 2^-14 float16 has a fixed step
+    torch.testing.assert_close(
+        gradient.double(), want[1], rtol=eps + 3e-6, atol=tiny + 2e-7, msg=lambda m: f"{what}, gradient: {m}"
+    )

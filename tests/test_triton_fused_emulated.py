@@ -15,6 +15,7 @@ from fastcalib import fused_loss, losses
 
 from . import cases
 from .cases import random_logits
+from .losses import assert_nll, exact_nll
 from .test_triton_emulated import HALVES, LONG, ODD, SMALL, assert_same_bits, device, launch, processors, traffic
 
 __all__ = ["device", "processors"]  # fixtures
@@ -34,28 +35,6 @@ def run(logits, target, loss_fn, inplace=False, **given):
     )
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient
-
-
-def exact(logits, target, smoothing=0.0, temperature=1.0, weight=1.0):
-    """Sum of the losses and the gradient in float64, ignored rows 0."""
-    z = logits.double().requires_grad_()
-    log_p = (z / temperature).log_softmax(1)
-    kept = target != -100
-    nll = -log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
-    loss = (1 - smoothing) * nll - (smoothing * log_p.mean(1) if smoothing else 0.0)
-    total = torch.where(kept, loss * weight, 0.0).sum()
-    return total.detach(), torch.autograd.grad(total, z)[0]
-
-
-def check_close(got, want, dtype, what):
-    """Half a unit of the dtype, and a few of float32 of each of the terms p and 1[target]."""
-    loss, gradient = got
-    torch.testing.assert_close(loss.double(), want[0], rtol=2e-6, atol=1e-6, msg=lambda m: f"{what}, loss: {m}")
-    eps = torch.finfo(dtype).eps / 2 if dtype in HALVES else 0.0
-    tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # below 2^-14 float16 has a fixed step
-    torch.testing.assert_close(
-        gradient.double(), want[1], rtol=eps + 3e-6, atol=tiny + 2e-7, msg=lambda m: f"{what}, gradient: {m}"
-    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -86,7 +65,7 @@ def test_against_float64_and_bit_for_bit_against_two_launches(device, processors
     assert_same_bits(results[1], results[0], "in place")
     assert_same_bits(results[2], results[0], "two launches")
     clean = torch.where(logits.isnan(), 0.0, logits)
-    check_close(results[0], exact(clean, target, smoothing, 0.8, weight), dtype, f"V={v}")
+    assert_nll(results[0], exact_nll(clean, target, smoothing, 0.8, weight), dtype, f"V={v}")
     assert (results[0][1][1] == 0).all()
 
 

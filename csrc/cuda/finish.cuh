@@ -1,5 +1,5 @@
-// One row from the parts of its segments: merged in order by row_state.h's rule, then the formulas of spec section 1, in
-// double.
+// One row from the parts of its segments: merged in order by row_state.h's rule, then the formulas of spec section 1,
+// in double.
 #pragma once
 #include "kernels.h"
 

@@ -7,8 +7,8 @@
 //
 // The gradient may replace the logits. The second look goes from the last segment to the first; of a row that does not
 // start at a multiple of 16 bytes a vector reaches into the segment after its own, which is written already, but what
-// it finds there is cut off. The logits of the selected token and of the maximum, whose columns are written once more at
-// the end, are read before the first column is.
+// it finds there is cut off. The logits of the selected token and of the maximum, whose columns are written once more
+// at the end, are read before anything is written.
 #include "finish.cuh"
 #include "gradient.cuh"
 #include "two_looks.cuh"

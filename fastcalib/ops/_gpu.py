@@ -163,7 +163,7 @@ def linear_statistics_forward(
 
 
 def in_one_launch(logits: Tensor, temperature: Tensor, vocab_size: int, backend: str) -> bool:
-    """Whether ``statistics_with_gradient`` serves a call: a row for each multiprocessor, with Triton one temperature."""
+    """Whether ``statistics_with_gradient`` serves a call: a row a multiprocessor; with Triton one temperature too."""
     if backend == "cuda":
         return _cuda.fused_serves(logits)
     return backend == "triton" and bool(
