@@ -76,9 +76,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) fused_rows(con
             sum_segment(a, blockIdx.x, s, segment, memory);
         }
     }
-    __syncthreads();
     if (warp_index() == 0) {
         const int64_t row = blockIdx.x;
+        __syncwarp();  // this warp alone wrote the parts of the segments
         finish_row(a.forward, a.partial, row);
         __syncwarp();
         prepare_row(a.backward, a.prepared, row);
