@@ -107,7 +107,7 @@ def _fused(loss_fn: torch.nn.Module, inplace: bool) -> Job:
 
 
 def fused_loss_in_one_launch(z: Tensor, target: Tensor, backend: str) -> tuple[Tensor, ...]:
-    """More rows than the largest GPU has multiprocessors (188), from where on the Triton kernels look once."""
+    """More rows than the largest GPU has multiprocessors (188), from where on the kernels take one launch."""
     rows = z.repeat(24, 1)
     loss_fn = losses.NLLLoss(label_smoothing=0.1)
     loss = fastcalib.fused_loss(rows, target.repeat(24), loss_fn, backend=backend, inplace_backward=True)

@@ -148,10 +148,10 @@ def test_a_row_that_loses_is_found_and_one_without_a_reason_said_so():
     assert worse.measure == "memory"
     (known,) = compare.losses([a_row(job="softmax", read=2.0)], [replace(peer, job="softmax")])
     assert known.reason
-    fused = {"job": "loss and gradient", "memory_read": 2.0}
-    for who, excused in (("ours, cuda", True), ("ours, triton", False)):
-        (worse_one,) = compare.losses([a_row(who=who, **fused)], [replace(peer, job="loss and gradient")])
-        assert bool(worse_one.reason) == excused, "one launch in Triton, two in CUDA C++"
+    (unknown,) = compare.losses(
+        [a_row(job="loss and gradient", memory_read=2.0)], [replace(peer, job="loss and gradient")]
+    )
+    assert unknown.reason is None, "forward and backward in one launch: the second look may come from a cache"
     assert compare.losses([a_row(read=2.0, vocab=7)], [peer]) == [], "another problem"
     assert compare.losses([a_row(read=2.0, dtype="float32")], [peer]) == []
     # two reads: twice the tolerance, and no more
@@ -200,6 +200,11 @@ def test_bytes_ex2_and_errors_are_counted():
     both = measured("loss and gradient", "triton", torch.bfloat16, 33_000)
     assert both.read == pytest.approx(2.0, abs=0.02) and both.memory_read == pytest.approx(1.0, abs=0.01)
     assert both.memory_written == pytest.approx(1.0, abs=0.01) and both.launches == 1 and both.error < 1e-3
+    if not ours.emulated_cuda.why_not():
+        both = measured("loss and gradient", "cuda", torch.bfloat16, 33_000)
+        assert both.launches == 1 and both.error < 1e-3
+        # partial states count; of three segments the second look finds two in shared memory and one in registers
+        assert both.memory_read + both.memory_written == pytest.approx(2.0, abs=0.02) and both.read < 1.1
     softmax = measured("softmax", "triton", torch.bfloat16, 33_000)
     assert softmax.read == pytest.approx(2.0, abs=0.01), "a second look counts where it is asked for"
     assert softmax.memory_read == pytest.approx(1.0, abs=0.01), "and not where a cache may serve it"
@@ -274,7 +279,7 @@ def test_cuda_kernels_load_128_bits_at_a_time_and_do_not_spill(target):
     for k in kernels:
         what = f"{k.kernel}, {k.target}: {k}"
         assert k.code.spills == 0, what
-        if "sweep_kernel" in k.kernel or "write_gradient" in k.kernel:
+        if any(name in k.kernel for name in ("sweep_kernel", "write_gradient", "fused_rows")):
             # statistics take one segment a block: those loads stand in no loop
             assert k.registers <= 128 and k.code.loads.get("128", 0) >= 16, what
 

@@ -197,7 +197,7 @@ def _call_everything(logits: Any, label: Callable[[str], None], operations: list
         for smoothing in (True, False):
             label(" with sum_logits" if smoothing else "")
             _gpu.statistics_with_gradient(
-                torch.empty_like(logits), packed, *upstream, logits, one, index, v, -100, smoothing
+                torch.empty_like(logits), packed, *upstream, logits, one, index, v, -100, smoothing, "triton"
             )
     if "linear" in operations and v == VOCABULARIES[0] and launch.threads_per_warp == 32:
         _call_layer(logits, label)

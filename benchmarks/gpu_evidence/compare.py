@@ -23,12 +23,6 @@ KNOWN = {
         "softmax gradient",
     ): "As for softmax: two looks at both inputs, against one of a kernel that refuses rows of more than 65,536.",
 }
-# The same of one of our two implementations.
-KNOWN_OF = {
-    ("ours, cuda", "memory", "loss and gradient"): "Liger makes the gradient in the launch that makes the loss, so a "
-    "cache large enough for all rows in flight could serve its second look, as ours in Triton does; in CUDA C++ ours "
-    "is two launches. Both ask for two reads and one write.",
-}
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,7 @@ class Loss:
 
     @property
     def reason(self) -> str | None:
-        of_one = KNOWN_OF.get((self.ours.who, self.measure, self.ours.job))
-        return of_one or KNOWN.get((self.measure, self.ours.job))
+        return KNOWN.get((self.measure, self.ours.job))
 
 
 def losses(ours: list[Row], peers: list[Row]) -> list[Loss]:

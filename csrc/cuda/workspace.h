@@ -23,7 +23,8 @@ size_t softmax_backward_workspace(const SoftmaxArgs& args);
 // Each returns a cudaError_t: 0, or why a launch was refused. All pointers in `args` are memory of the current device.
 int launch_statistics(const StatisticsArgs& args, int64_t selected, void* workspace, Stream stream);
 int launch_statistics_backward(const StatisticsBackwardArgs& args, void* workspace, Stream stream);
-// Both of these in one launch, a block for each row: one selected token a row, and `out` may be the logits.
+// Both of these in one launch: one selected token a row, and `out` may be the logits. A block takes a row whatever the
+// number of rows; with fewer than multiprocessors() the two above keep more of the device busy.
 int launch_fused(const StatisticsArgs& forward, const StatisticsBackwardArgs& backward, void* workspace, Stream stream);
 int launch_ranks(const RanksArgs& args, int64_t selected, void* workspace, Stream stream);
 int launch_softmax(const SoftmaxArgs& args, void* workspace, Stream stream);
