@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(256) finish_ranks(const RanksArgs a, const Par
                 sum = nan;
             } else if (place >= 0) {
                 for (int64_t s = 0; s < partial.segments; ++s)
-                    sum += *partial.weight(row, s, k) * double(*partial.masses(s, k, begin + place));
+                    sum = fma(*partial.weight(row, s, k), double(*partial.masses(s, k, begin + place)), sum);
             } else if (place == kNaNPlace) {
                 sum = 0.0 * *partial.weight(row, 0, k);  // NaN for a row without a softmax
             }

@@ -81,7 +81,7 @@ __device__ __forceinline__ void prepare_row(const StatisticsBackwardArgs& a, con
         q.power = float(2 * b * g_c);
         q.unused[0] = q.unused[1] = 0;
         general |= q.linear != 0 || q.square != 0 || q.power != 0;
-        g.top_gradient += b * g_m * max_prob;
+        g.top_gradient = fma(b * g_m, max_prob, g.top_gradient);
         if (lane == 0) prepared.polynomials[row * k_count + k] = q;
     }
     g.unit = float(unit);
