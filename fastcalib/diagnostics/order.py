@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops._arguments import check_logits
-from ..ops._set_arguments import check_counts, check_sets
+from ..ops._set_arguments import check_are_sets, check_counts, check_sets
 from ..ops.ranks import ranks
 from ..valid_sets import ValidSets
 from . import _segments
@@ -106,7 +106,7 @@ def order(
         (0.5, 0.75, False)
     """
     width = check_logits(logits, vocab_size)
-    check_sets(sets)
+    check_sets(sets, logits, width)
     r = ranks(logits, sets, vocab_size=vocab_size, backend=backend)
     # Every number is at or above -inf, a NaN is not; what a comparison says of it would pass for a rank.
     lowest = torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
@@ -244,7 +244,7 @@ def _running_sum(weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _check(n_greater: Tensor, n_equal: Tensor, sets: ValidSets, vocab_size: int, precision: float) -> None:
-    check_sets(sets)
+    check_are_sets(sets)
     for name, tensor in (("n_greater", n_greater), ("n_equal", n_equal)):
         if not isinstance(tensor, Tensor) or tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be an integer tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")

@@ -14,7 +14,7 @@ from ..backends import resolve
 from ..cutoff_rules import Rule
 from ..decoding import Cutoffs, cutoffs, find_cutoffs
 from ..ops._arguments import Temperature, check_logits, normalise_temperature
-from ..ops._set_arguments import check_counts, check_sets
+from ..ops._set_arguments import check_are_sets, check_counts
 from ..valid_sets import ValidSets
 from ._segments import Part
 from .order import Order, check_precision, order_from_ranks
@@ -81,7 +81,7 @@ def diagnose(
         ([0.5], [[[0.5, 1.0], [0.5, 0.5]]], torch.Size([1, 2]))
     """
     width = check_logits(logits, vocab_size)
-    check_sets(sets)
+    check_are_sets(sets)
     check_precision(precision)
     check_draws(draws)
     counts = check_counts(counts, sets)

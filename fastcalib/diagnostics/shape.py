@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops._arguments import Temperature, normalise_temperature
+from ..ops._arguments import Temperature, check_logits, normalise_temperature
 from ..ops._set_arguments import check_counts, check_sets
 from ..ops.statistics import statistics
 from ..valid_sets import ValidSets
@@ -88,7 +88,7 @@ def shape(
         >>> abs(s.kl_valid.item()) < 1e-15  # 0.5 and 0.25 are as 2 to 1
         True
     """
-    check_sets(sets)
+    check_sets(sets, logits, check_logits(logits, vocab_size))
     check_draws(draws)
     counts = check_counts(counts, sets)
     stats = statistics(logits, sets, temperature, vocab_size=vocab_size, backend=backend)
