@@ -109,6 +109,17 @@ def emulated(kernel: Kernel, sm: int, outcomes: Outcomes) -> str:
     return _cell(found)
 
 
+def grid(outcomes: Outcomes) -> list[list[str]]:
+    """The CPU's own tests on the emulated GPUs (``make prove``), a line for each file: its name, sm_90, sm_80."""
+    on = {sm: f"triton-sm{sm}" for sm in (90, 80)}
+    modules = sorted({module for module, name in outcomes if any(mark in name for mark in on.values())})
+    return [
+        [f"tests/{module}.py"]
+        + [_cell([o for (m, name), o in outcomes.items() if m == module and mark in name]) for mark in on.values()]
+        for module in modules
+    ]
+
+
 def interpreted(kernel: Kernel, outcomes: Outcomes) -> str:
     """They run in a process of their own, which one test stands for."""
     if not kernel.interpreted:
