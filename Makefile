@@ -49,8 +49,9 @@ test: $(VENV)/.all $(VENV)/.extension
 # GPU kernels on an emulated GPU, at length: what is marked, and the CPU's own grid on the Triton kernels. Those in CUDA C++
 # need an nvcc (build-cuda brings one).
 prove: $(VENV)/.all $(VENV)/.extension
-	$(BIN)/pytest -m prove tests $(ARGS)
-	FASTCALIB_TEST_BACKENDS="triton-sm80 triton-sm90" $(BIN)/pytest $(GRID_TESTS) $(GPU_GRID) $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m prove tests $(ARGS)
+	FASTCALIB_TEST_BACKENDS="triton-sm80 triton-sm90" $(BIN)/pytest -n $(WORKERS) --dist worksteal \
+		$(GRID_TESTS) $(GPU_GRID) $(ARGS)
 
 bench: $(VENV)/.all $(VENV)/.extension
 	$(BIN)/python benchmarks/run.py $(ARGS)
