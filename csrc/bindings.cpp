@@ -178,7 +178,7 @@ int64_t cutoffs(uintptr_t logits, int dtype, int64_t rows, int64_t inner, int64_
     a.rules = ptr<const double>(rules);
     a.rule_count = rule_count;
     a.last = last;
-    a.sets = selection(ids, 0, offsets, -1);
+    a.sets = selection(ids, 0, offsets, 0);  // 0 is a token: no id passes for one to ignore
     a.counts = ptr<const double>(counts);
     a.threshold = ptr(threshold);
     a.kept = ptr<int64_t>(kept);

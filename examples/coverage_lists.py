@@ -11,22 +11,20 @@ computed at every temperature. Interrupted, the same command goes on from there.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from command_line import Losses, chosen, command, counting
 from coverage_parts import lists_report
 from coverage_parts.lists import Settings
 from coverage_parts.lists_training import LOSSES, Model, results
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastcalib.demo.valid import tasks
-from fastcalib.errors import UserError
 from fastcalib.runner.model import load_module, locate, token_count
 from fastcalib.storage import Store
 
@@ -36,38 +34,27 @@ QUICK_LOSSES = ["nll", "tailr"]
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastcalib-coverage-lists"),
-    loss: Annotated[list[str] | None, typer.Option(help="A loss to train with; may be repeated.")] = None,
+    loss: Losses = None,
     seeds: Annotated[int, typer.Option(min=1, help="Choices of learnt answers and of draws to average over.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
     model: Annotated[Path | None, typer.Option(help="A Llama-like model: folder or GGUF; default: the demo's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two losses, one seed, one block and step.")] = False,
 ) -> None:
     """Fine-tune, measure, and write table.json, table.csv, table.md and coverage-lists.png."""
-    names = list(dict.fromkeys(["nll", *(loss or (QUICK_LOSSES if quick else LOSSES))]))
-    unknown = [name for name in names if name not in LOSSES]
-    if unknown:
-        raise typer.BadParameter(f"unknown {unknown[0]!r}; there are {', '.join(LOSSES)}", param_hint="--loss")
+    names = chosen("--loss", ["nll", *(loss or (QUICK_LOSSES if quick else LOSSES))], LOSSES)
     torch.set_num_threads(threads)
     settings, numbers = (QUICK, [0]) if quick else (Settings(), list(range(seeds)))
     source, questions = locate(model), tasks()[:2]
     console = Console()
-    reused = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("losses x seeds", total=1 + (1 + len(names)) * len(numbers))
+    with counting("losses x seeds", 1 + (1 + len(names)) * len(numbers), console) as counter:
 
         def load() -> Model:
             console.print(f"Loading {source.name}.")
             module, tokenizer = load_module(source)
             return Model.of(module, tokenizer, token_count(module, tokenizer), questions, settings)
 
-        def on_result(was_there: bool) -> None:
-            nonlocal reused
-            reused += was_there
-            progress.advance(bar)
-
         store = Store(out / "state")
-        made = list(results(names, numbers, settings, questions, store, source.identity, load, on_result))
+        made = list(results(names, numbers, settings, questions, store, source.identity, load, counter))
     from coverage_parts.lists_figure import draw  # matplotlib takes a second to import
 
     found = lists_report.all_curves(made, settings)
@@ -78,18 +65,9 @@ def run(
     for task in questions:
         console.print(f"\n{task.name}: {len(task.answers)} answers", style="bold")
         console.print(Markdown(lists_report.markdown(rows, task.name)))
-    console.print(f"{reused} results came from an earlier run in {out / 'state'}.")
+    console.print(f"{counter.reused} results came from an earlier run in {out / 'state'}.")
     console.print(f"Everything is in {out}: table.json, table.csv, table.md, coverage-lists.png.")
 
 
-def main() -> None:
-    try:
-        typer.run(run)
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from there.")
-    except UserError as error:
-        sys.exit(str(error))
-
-
 if __name__ == "__main__":
-    main()
+    command(run)

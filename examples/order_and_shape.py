@@ -11,18 +11,17 @@ goes on from there. docs/order-and-shape.md says what came out.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from command_line import chosen, command
 from order_parts import tables
 from order_parts.findings import findings
 from order_parts.runs import TASKS, WAYS, plans, run_all
 from rich.console import Console
 
-from fastcalib.errors import UserError
 from fastcalib.report import write_report
 from fastcalib.report.data import read_runs
 from fastcalib.runner.model import load, locate
@@ -36,10 +35,7 @@ def run(
     reports: Annotated[bool, typer.Option(help="Also a report of each task, its three ways side by side.")] = True,
 ) -> None:
     """Run what is not there yet, then write tables, the picture and the reports."""
-    wanted = list(dict.fromkeys(task or TASKS))
-    unknown = [name for name in wanted if name not in TASKS]
-    if unknown:
-        raise typer.BadParameter(f"unknown {unknown[0]!r}; there are {', '.join(TASKS)}", param_hint="--task")
+    wanted = chosen("--task", task or TASKS, TASKS)
     torch.set_num_threads(threads)
     console = Console()
     source = locate(model)
@@ -60,14 +56,5 @@ def run(
             console.print(f"{page}")
 
 
-def main() -> None:
-    try:
-        typer.run(run)
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from there.")
-    except UserError as error:
-        sys.exit(str(error))
-
-
 if __name__ == "__main__":
-    main()
+    command(run)

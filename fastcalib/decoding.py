@@ -27,7 +27,7 @@ from .cutoff_rules import (
     parse_rule,
 )
 from .ops._arguments import Temperature, check_logits, normalise_temperature
-from .ops._set_arguments import check_counts, check_sets
+from .ops._set_arguments import check_are_sets, check_counts
 from .ops.cutoffs import RowCutoffs
 from .ops.cutoffs import cutoffs as cutoffs_op
 from .valid_sets import ValidSets
@@ -182,7 +182,7 @@ def find_cutoffs(
     if order not in ORDERS:
         raise ValueError(f'order must be "temperature-first" or "temperature-last", got {order!r}')
     if sets is not None:
-        check_sets(sets)
+        check_are_sets(sets)
         counts = check_counts(counts, sets)
     elif counts is not None:
         raise ValueError("counts are those of valid tokens and need sets")

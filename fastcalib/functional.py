@@ -160,6 +160,9 @@ def selective_log_softmax(
         tensor([[0.2500, 0.2500, 0.2500]])
     """
     if row_mask is not None:
+        for name, given in (("index", index), ("row_mask", row_mask)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}; torch.as_tensor makes one")
         if row_mask.shape != index.shape:
             raise ValueError(f"row_mask must have the index's shape {tuple(index.shape)}, got {tuple(row_mask.shape)}")
         index = torch.where(row_mask == 0, IGNORED, index.long())

@@ -15,7 +15,7 @@ from .backends import resolve
 from .fused import CHUNK_BYTES
 from .losses._base import TokenLoss
 from .ops._arguments import Index, check_target
-from .ops._linear import Gradients, Linear, check_chunk_size, check_linear, make_linear
+from .ops._linear import Gradients, Linear, Wanted, check_chunk_size, check_linear, make_linear
 from .ops._linear_chunks import Request, forward, in_tiles
 from .ops._linear_filter import FilteredGradients, check_filter_below
 
@@ -176,20 +176,15 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, constants: tuple) -> Tensor:
         dtype, scale, softcap, chunk_size, filter_below = constants
         layer = make_linear(hidden, weight, bias, dtype, job.width, scale, softcap)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wanted = Wanted.of(hidden, weight, bias, ctx.needs_input_grad)
         sums: list[Gradients] = []
 
         def make(chunks: int) -> Gradients:
-            wanted = (
-                hidden.dtype if wants_hidden else None,
-                (weight.dtype, weight.shape[0]) if wants_weight else None,
-                bias.dtype if wants_bias and bias is not None else None,
-            )
             if filter_below is None:
-                sums.append(Gradients(layer, *wanted, chunks))
+                sums.append(Gradients(layer, wanted, chunks))
             else:
                 limit = filter_below * float(job.scale(hidden))
-                sums.append(FilteredGradients(layer, *wanted, chunks, limit))
+                sums.append(FilteredGradients(layer, wanted, chunks, limit))
             return sums[0]
 
         loss = _loop(layer, job, chunk_size, make)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 
@@ -14,8 +13,6 @@ from fastcalib.backends import extension
 
 from . import gpu as gpu_tools
 from . import gpu_devices
-
-backends_module = importlib.import_module("fastcalib.backends")  # the package has a function of that name
 
 CPP_IS_LIVE = fastcalib.backends()["cpp"][0]
 CPP_BACKENDS = [f"cpp-{isa}" for isa in extension().isas()] if CPP_IS_LIVE else []
@@ -69,12 +66,8 @@ def _activate(name: str) -> Iterator[str]:
     if name.startswith("triton-sm"):
         from . import emulator
 
-        with (
-            emulator.triton(sm=int(name.removeprefix("triton-sm")), ptxas=False),
-            pytest.MonkeyPatch.context() as patch,
-        ):
-            patch.setattr(backends_module, "_on_cpu", ("triton",))
-            yield "triton"
+        with emulator.triton(sm=int(name.removeprefix("triton-sm")), ptxas=False), gpu_tools.in_place() as backend:
+            yield backend
         return
     if name.startswith("gpu-"):
         with gpu_tools.carrying("cuda", name.removeprefix("gpu-")) as backend:

@@ -10,6 +10,7 @@ What ptxas makes of the PTX is not part of it, and nothing here has been compare
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -56,6 +57,15 @@ def _run(*command: str | Path) -> None:
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
 
 
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Of the processes that share the tests one compiles; the others wait for what it makes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def build(sm: int) -> tuple[cudart.Library, ModuleType]:
     """Compiled once for a state of the sources, into build/emulated-cuda."""
@@ -68,11 +78,12 @@ def build(sm: int) -> tuple[cudart.Library, ModuleType]:
     folder = ROOT / "build" / "emulated-cuda" / f"sm{sm}"
     library = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     stamp = folder / "state"
-    if not stamp.exists() or stamp.read_text() != state.hexdigest():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _compile(folder, library, sources, nvcc, compiler, sm)
-        stamp.write_text(state.hexdigest())
+    with _one_at_a_time(folder.with_suffix(".lock")):
+        if not stamp.exists() or stamp.read_text() != state.hexdigest():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            _compile(folder, library, sources, nvcc, compiler, sm)
+            stamp.write_text(state.hexdigest())
     # The stand-in is loaded by Library, for all to see, before the module that needs it.
     launchers = cudart.Library(library, [(folder / f"{source.stem}.ptx").read_text() for source in sources])
     loader = importlib.machinery.ExtensionFileLoader(MODULE, str(library))

@@ -119,6 +119,28 @@ def _skip_what_has_no_kernel(arguments: dict[str, Any]) -> None:
         pytest.skip("a bad id is no error on an accelerator: test_gpu.py says what it is")
 
 
+def _checked(function: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        _skip_what_has_no_kernel(signature.bind(*args, **kwargs).arguments)
+        function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def in_place() -> Iterator[str]:
+    """Calls on CPU tensors with ``backend="triton"`` go to Triton's kernels where the tensors are, which an emulated
+    device reads; tests of what differs on an accelerator by design end as in ``carrying``. Yields "triton"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends_module, "_on_cpu", ("triton",))
+        for name in RESULTS:
+            patch.setattr(_gpu, name, _checked(getattr(_gpu, name)))
+        yield "triton"
+
+
 @contextmanager
 def carrying(device: torch.device | str, kind: str) -> Iterator[str]:
     """Calls on CPU tensors with ``backend="triton"`` run on a device with the kernels of a kind. Yields "triton"."""

@@ -316,69 +316,6 @@ def test_a_bad_id_reads_nothing(sm, bad):
 
 @each_arch()
 @quick_dtype
-@pytest.mark.parametrize("m", [1, 3, 16, 33, 300, pytest.param(600, marks=pytest.mark.prove)])
-def test_ranks(sm, dtype, m):
-    logits = random_logits(3, 2_100, dtype=dtype, seed=m)
-    logits[1] = (logits[1] * 2).round() / 2  # ties
-    logits[2, ::5] = -torch.inf
-    ids = torch.tensor(random_sets(3, 2_100, [m], seed=m))
-    for temperature in (None, [1.0, 0.2]):
-        with emulated_cuda.backend(sm):
-            got = fastcalib.ranks(logits, ids, temperature=temperature, backend="cuda")
-        check_counts(got, logits, [logits[r, ids[r]] for r in range(3)], temperature, f"M={m}", selected=True)
-
-
-@each_arch()
-@quick_dtype
-def test_thresholds_that_are_no_logits(sm, dtype):
-    logits = random_logits(3, 2_100, dtype=dtype)
-    logits[1, 7], logits[2, :] = torch.nan, -torch.inf
-    t = torch.linspace(-9, 9, 40).repeat(3, 1)
-    t[:, 5], t[:, 6], t[:, 7], t[:, 8], t[:, 9], t[:, 10] = torch.inf, -torch.inf, torch.nan, 0.0, -0.0, t[:, 11]
-    with emulated_cuda.backend(sm):
-        got = fastcalib.ranks(logits, thresholds=t, temperature=1.0, backend="cuda")
-    check_counts(got, logits, list(t), 1.0, "thresholds", selected=False)
-
-
-@each_arch()
-def test_denormals_and_signed_zeros_are_told_apart(sm):
-    tiny = 2.0**-140
-    z = torch.tensor([[0.0, tiny, -tiny, 2 * tiny, -0.0], [-tiny, -2 * tiny, -tiny, -3 * tiny, -1.0]])
-    with emulated_cuda.backend(sm):
-        r = fastcalib.ranks(z, torch.arange(5).expand(2, 5), backend="cuda")
-        s = fastcalib.statistics(z, backend="cuda")
-    assert r.n_greater.tolist() == [[2, 1, 4, 0, 2], [0, 2, 0, 3, 4]] and r.n_equal[0].tolist() == [1, 0, 0, 0, 1]
-    assert s.argmax.tolist() == [3, 0] and s.max_logit.tolist() == [2 * tiny, -tiny]
-
-
-@each_arch()
-@pytest.mark.parametrize("sizes", [[0, 1, 5, 0], [1, 40, 0, 700]])
-def test_ragged_sets(sm, sizes):
-    """The last row of the second case has more tokens than are held at a time: it comes in chunks."""
-    v = 2_100
-    logits, lists = random_logits(4, v, dtype=torch.bfloat16), random_sets(4, v, sizes)
-    sets = ValidSets.from_lists(lists)
-    for temperature in (None, [1.0, 2.0]):
-        with emulated_cuda.backend(sm):
-            got = fastcalib.ranks(logits, sets, temperature=temperature, backend="cuda")
-        picked = [logits[r, ids] for r, ids in enumerate(lists)]
-        check_counts(got, logits, picked, temperature, f"{sizes}", selected=True)
-
-
-@pytest.mark.prove
-@each_arch()
-@pytest.mark.parametrize("m, masses", [(4_096, False), (5_000, True), (16_384, False), (16_384, True)])
-def test_large_sets(sm, m, masses):
-    logits = random_logits(2, 20_000, dtype=torch.bfloat16)
-    ids = torch.tensor(random_sets(2, 20_000, [m]))
-    temperature = [1.0] if masses else None
-    with emulated_cuda.backend(sm):
-        got = fastcalib.ranks(logits, ids, temperature=temperature, backend="cuda")
-    check_counts(got, logits, [logits[r, ids[r]] for r in range(2)], temperature, f"M={m}", selected=True)
-
-
-@each_arch()
-@quick_dtype
 def test_bits_do_not_depend_on_the_batch_or_on_the_number_of_blocks(sm, dtype):
     v = SEGMENT[dtype] + 333
     logits, ids = random_logits(3, v, dtype=dtype), torch.tensor([[3, v - 1], [0, v // 2], [8, 9]])
@@ -399,25 +336,12 @@ def test_bits_do_not_depend_on_the_batch_or_on_the_number_of_blocks(sm, dtype):
 
 
 @each_arch()
-def test_masses_do_not_depend_on_how_many_thresholds_are_held(sm):
-    """A set of 700 in one piece, and the same in chunks because the other sets are small."""
-    logits = random_logits(5, 2_100, dtype=torch.bfloat16)
-    (large,) = random_sets(1, 2_100, [700])
-    with emulated_cuda.backend(sm):
-        whole = fastcalib.ranks(logits[:1], torch.tensor([large]), temperature=0.8, backend="cuda")
-        sets = ValidSets.from_lists([large, [1], [2], [3], []])
-        chunks = fastcalib.ranks(logits, sets, temperature=0.8, backend="cuda")
-    for a, b in zip(whole, chunks):
-        assert torch.equal(a.reshape(-1), b[:700])
-
-
-@each_arch()
 @each_dtype
 def test_traffic(sm, dtype):
     """Logits are read once forward and once backward, the gradient is written once, in vectors of 128 bits."""
     rows, v = 2, SEGMENT[dtype]
     logits = random_logits(rows, v, dtype=dtype).requires_grad_()
-    size, ids = logits.nbytes, torch.tensor([3, 70])
+    size = logits.nbytes
     with emulated_cuda.backend(sm) as run:
         s = fastcalib.statistics(logits, backend="cuda")
         torch.autograd.grad(s.logsumexp.sum() + s.entropy.sum(), logits)
@@ -427,13 +351,6 @@ def test_traffic(sm, dtype):
         assert forward.ex2 == rows * v and backward.ex2 == rows * v
         assert backward.buffers["logits"].loaded == size and backward.store_widths == {128: size // 16}
         assert sum(launch.counters.buffers["logits"].loaded for launch in run.launches) == 2 * size
-        run.launches.clear()
-        fastcalib.ranks(logits, ids, temperature=[1.0, 2.0], backend="cuda")
-        # and each of the two selected logits when the thresholds are gathered
-        loaded = sum(launch.counters.buffers["logits"].loaded for launch in run.launches)
-        assert loaded == size + 2 * logits.element_size()
-        sweep = run.launches[1].counters
-        assert sweep.ex2 == 2 * rows * v
         run.launches.clear()
         odd = torch.full((rows, v + 3), torch.nan, dtype=dtype)[:, 1 : v + 1].copy_(logits.detach())
         fastcalib.statistics(odd, backend="cuda")

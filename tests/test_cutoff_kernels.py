@@ -166,6 +166,17 @@ def test_opcheck():
     opcheck(op, (random_logits(3, 40, dtype=torch.bfloat16), t, rules[1:2], True, None, None, None, False, 38))
 
 
+@pytest.mark.skipif(not CPP_IS_LIVE, reason="the C++ extension is not built")
+@pytest.mark.parametrize("bad", [-1, 40, -(2**40)])
+def test_the_operation_reads_no_logit_of_a_bad_id(bad):
+    """The door lets none in, but cannot look while it is being compiled. -1 used to pass, as an id to ignore."""
+    rules = torch.tensor([(int(rule.code), rule.value) for rule in RULES], dtype=torch.float64)
+    values, offsets = torch.tensor([4, bad]), torch.tensor([0, 1, 2])
+    t = torch.ones(1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"^sets: entry 0 of set 1 \(values\[1\]\) is {bad}, outside \[0, 40\)"):
+        torch.ops.fastcalib.cutoffs(random_logits(2, 40), t, rules, False, values, offsets, None, True, 40)
+
+
 def test_memory_is_of_the_row_not_of_the_batch():
     """Beyond the results: one row in order and its groups for each thread, about a megabyte at V = 151,936."""
     resource = pytest.importorskip("resource")

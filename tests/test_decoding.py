@@ -248,7 +248,7 @@ def test_names_that_are_none(text, words):
         ({"order": "first"}, ValueError, "temperature-first"),
         ({"sets": torch.tensor([0])}, TypeError, "sets must be a ValidSets"),
         ({"sets": ValidSets.from_lists([[0], [1]])}, ValueError, "sets holds 2 sets for 1 rows"),
-        ({"sets": ValidSets.from_lists([[0, 9]])}, ValueError, "sets: entry 1 of set 0 .* is 9, outside"),
+        ({"sets": ValidSets.from_lists([[0, 9]])}, ValueError, "^sets: entry 1 of set 0 .* is 9, outside"),
         ({"counts": torch.ones(1)}, ValueError, "need sets"),
         ({"sets": ValidSets.from_lists([[0]]), "counts": torch.ones(2)}, ValueError, "counts must have shape"),
         ({"logits": [1.0]}, TypeError, "logits must be"),

@@ -58,15 +58,16 @@ def assert_same_bits(got, want, rows, what):
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
 @pytest.mark.parametrize("v", [700, 2_049, 70_001])
 def test_alone_or_in_company(cpp_backend, v, dtype):
-    n = (300 if v < 3_000 else 12) if not cases.EMULATED else 9
+    n = (300 if v < 3_000 else 12) if not cases.EMULATED else 5
     logits = random_logits(n, v, dtype=dtype, seed=v)
     ids = torch.randint(0, v, (n, 5), generator=cases.generator(v))
     together = everything(logits, ids, cpp_backend)
-    for r in (0, 1, n // 2, n - 1):
+    for r in (0, 1, n // 2, n - 1) if not cases.EMULATED else (n - 1,):
         alone = everything(logits[r : r + 1], ids[r : r + 1], cpp_backend)
         assert_same_bits(together, alone, slice(r, r + 1), f"of row {r} alone and among {n}")
-    few = everything(logits[3:8], ids[3:8], cpp_backend)
-    assert_same_bits(together, few, slice(3, 8), "of five rows and among many")
+    some = slice(3, 8) if not cases.EMULATED else slice(1, 3)
+    few = everything(logits[some], ids[some], cpp_backend)
+    assert_same_bits(together, few, some, "of a few rows and among many")
     turned = everything(logits.flip(0), ids.flip(0), cpp_backend)
     assert_same_bits(turned, {k: x.flip(0) for k, x in together.items()}, None, "at another place")
 
@@ -88,7 +89,7 @@ def test_any_layout_and_alignment(cpp_backend, dtype):
     for v in (1_000, 40_000):
         logits, ids = random_logits(3, v, dtype=dtype), torch.randint(0, v, (3, 3))
         want = everything(logits, ids, cpp_backend)
-        for shift in (1, 2, 3, 5, 7, 17):
+        for shift in (1, 2, 3, 5, 7, 17) if not cases.EMULATED else (1, 2, 4):  # each alignment a load can have
             wide = torch.full((3, v + 2 * shift), torch.nan, dtype=dtype)
             view = wide[:, shift : shift + v].copy_(logits)
             assert_same_bits(everything(view, ids, cpp_backend), want, None, f"shifted by {shift}")

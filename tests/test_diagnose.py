@@ -15,14 +15,17 @@ from fastcalib.diagnostics import diagnose, order, shape
 
 from . import cases
 from .cases import DTYPES, LAYOUTS, random_logits
+from .checks import assert_within
 
 NAN, INF = torch.nan, torch.inf
 RULES = [*paper_rules(), Epsilon(3e-4), Eta(3e-4), TopNSigma(1.0)]
 PARTS = ("order", "cutoffs", "shape")
+OF_TOKENS = ("n_greater", "n_equal", "log_prob")
 
 
 def fields(d):
-    return {(p, f.name): getattr(getattr(d, p), f.name) for p in PARTS for f in dataclasses.fields(getattr(d, p))}
+    found = {(p, f.name): getattr(getattr(d, p), f.name) for p in PARTS for f in dataclasses.fields(getattr(d, p))}
+    return found | {("tokens", name): getattr(d, name) for name in OF_TOKENS}
 
 
 def assert_same_bits(a, b, what):
@@ -57,7 +60,29 @@ def check(logits, sets, rules, temperature, what, *, counts=None, vocab_size=Non
         torch.testing.assert_close(
             a, b, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, f=f: f"{what} {f.name}: {m}"
         )
+    check_tokens(got, logits[..., :vocab_size], sets, temperature, common["backend"], what)
     return got
+
+
+def check_tokens(got, logits, sets, temperature, backend, what):
+    """What is known of each valid token, against plain float64. No NaN among the logits."""
+    flat, ids = logits.flatten(0, -2).double(), sets.values
+    several = isinstance(temperature, list)
+    t = torch.as_tensor(temperature, dtype=torch.float64)
+    t = t.expand(len(flat), -1) if several else t.reshape(-1, 1).expand(len(flat), 1)
+    for row, z in enumerate(flat):
+        part = slice(int(sets.offsets[row]), int(sets.offsets[row + 1]))
+        chosen = z[ids[part], None]
+        assert torch.equal(got.n_greater[part], (z > chosen).sum(1)), f"{what} n_greater of row {row}"
+        assert torch.equal(got.n_equal[part], (z == chosen).sum(1) - 1), f"{what} n_equal of row {row}"
+        want = (z / t[row, :, None]).log_softmax(-1)[:, ids[part]].T
+        # As above, but no sum of them: the logarithm of a mass on the C++ backend, elsewhere the promise of statistics.
+        bound = 5e-11 + 1e-14 * want.abs()
+        if backend != "cpp" and logits.dtype != torch.float64:
+            bound = 2e-6 * want.abs().clamp(min=1.0)
+        found = got.log_prob[part] if several else got.log_prob[part, None]
+        assert found.dtype == torch.float64
+        assert_within(found, want, bound, f"{what} log_prob of row {row}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.dtype_id)
@@ -94,6 +119,7 @@ def test_hostile_rows(cpp_backend, v, dtype):
             if name == "token":
                 a, b = (torch.where(want.precision.isnan(), 0, x) for x in (a, b))
             assert torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)), name
+    assert got.log_prob.isnan().all()
     assert got.shape.entropy.isnan().all() and got.shape.kl.isnan().all() and (got.cutoffs.kept == 0).all()
 
 
@@ -104,6 +130,9 @@ def test_ranks_next_to_infinities_and_nan(cpp_backend):
     sets = ValidSets.from_lists([[0, 1, 3], [4, 2], [1, 0], [1, 3]])
     d = diagnose(logits, sets, RULES, backend=cpp_backend)
     assert d.order.rank.tolist() == [1, 3, 5, 5, 5, -1, -1, 2, 5]
+    assert d.n_greater.tolist() == [0, 1, 3, 0, 0, -1, -1, 3, 0]  # in the order of the sets
+    assert d.n_equal.tolist() == [0, 1, 1, 4, 4, 0, 0, 1, 1]
+    assert d.log_prob[:7].isnan().all() and d.log_prob[7] == -INF
     assert d.order.order_calibrated.tolist() == [False, True, False, False]
     assert d.shape.kl.isnan().tolist() == [True, True, True, False] and d.shape.kl[3] == INF
 
@@ -183,10 +212,13 @@ def test_blocks_of_sets_do_not_change_a_bit(cpp_backend, chunk, monkeypatch):
 
 def test_nothing_to_diagnose(backend):
     d = diagnose(torch.zeros(0, 7), ValidSets.from_lists([]), RULES, [1.0, 2.0], backend=backend)
+    assert d.log_prob.shape == (0, 2) and d.n_greater.shape == (0,)
     assert d.order.auroc.shape == (0,) and d.cutoffs.kept.shape == (0, 2, len(RULES)) and d.shape.kl.shape == (0, 2)
     logits = torch.randn(2, 7, requires_grad=True)
     d = diagnose(logits, ValidSets.from_lists([[], []]), RULES, backend=backend)
-    assert d.shape.valid_mass.tolist() == [0, 0] and d.cutoffs.keeps.shape == (0, len(RULES))
+    assert (
+        d.log_prob.shape == (0,) and d.shape.valid_mass.tolist() == [0, 0] and d.cutoffs.keeps.shape == (0, len(RULES))
+    )
     assert not any(x.requires_grad for x in fields(d).values())
 
 
@@ -198,8 +230,8 @@ def test_nothing_to_diagnose(backend):
         ({"precision": 0}, ValueError, r"precision must lie in \(0, 1\]"),
         ({"counts": torch.ones(2)}, ValueError, r"shape \(3,\)"),
         ({"counts": torch.tensor([1.0, 1.0, 0.0])}, ValueError, "counts of set 1 add up to 0"),
-        ({"sets": ValidSets.from_lists([[9], [0]])}, ValueError, r"outside \[0, 4\)"),
-        ({"sets": ValidSets.from_lists([[0]])}, ValueError, "1 sets for 2 rows"),
+        ({"sets": ValidSets.from_lists([[9], [0]])}, ValueError, r"^sets: entry 0 of set 0 .* is 9, outside \[0, 4\)"),
+        ({"sets": ValidSets.from_lists([[0]])}, ValueError, "^sets holds 1 sets for 2 rows"),
         ({"rules": []}, ValueError, "rules is empty"),
         ({"order": "first"}, ValueError, "order must be"),
         ({"temperature": 0.0}, ValueError, "temperature"),

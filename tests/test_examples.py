@@ -21,11 +21,14 @@ for package in ("matplotlib", "rich", "typer"):
     pytest.importorskip(package)
 sys.path.insert(0, str(FOLDER))
 
+import command_line  # noqa: E402
 from coverage_parts import exact, one_token, report, training  # noqa: E402
 from coverage_parts.losses import GAMMA, LOSSES  # noqa: E402
 from coverage_parts.task import Size, Transformer, random_language, sequence_probabilities  # noqa: E402
 
 sys.path.remove(str(FOLDER))
+
+from fastcalib.errors import UserError  # noqa: E402
 
 TINY = Size(vocabulary=3, length=3, valid=2, width=8, warm_up=2, steps=2, batch=4)
 
@@ -273,6 +276,24 @@ def test_coverage_quick(tmp_path):
 def test_coverage_names_an_unknown_loss(tmp_path):
     with pytest.raises(AssertionError, match="unknown 'nlll'"):
         invoke("coverage", "--loss", "nlll", "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "code"),
+    [
+        (KeyboardInterrupt(), "Stopped. The same command goes on from there.", 130),
+        (UserError("no such model: take another"), "no such model: take another", 1),
+    ],
+)
+def test_commands_end_in_a_sentence(monkeypatch, capsys, error, words, code):
+    def run(out: Path = Path("here")) -> None:
+        assert out == Path("there")
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["example", "--out", "there"])
+    with pytest.raises(SystemExit) as end:
+        command_line.command(run)
+    assert end.value.code == code and capsys.readouterr().err.strip() == words
 
 
 def test_temperature_quick(tmp_path):

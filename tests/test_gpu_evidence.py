@@ -180,6 +180,11 @@ def test_the_ladder_names_tests_that_exist_and_cells_say_how_they_went(monkeypat
     assert ladder.emulated(kernel, 90, outcomes) == "1 passed, 1 failed"
     assert ladder.emulated(kernel, 80, outcomes) == "1 skipped"
     assert ladder.interpreted(kernel, outcomes) == "not run for this page"
+    assert ladder.grid(outcomes) == [] and "were not run" in pages._grid(outcomes)
+    outcomes["test_ranks", "test_x[triton-sm80-1]"] = "passed"
+    outcomes["test_ranks", "test_x[triton-sm90-1]"] = "skipped"
+    assert ladder.grid(outcomes) == [["tests/test_ranks.py", "1 skipped", "1 passed"]]
+    assert "| tests/test_ranks.py | 1 skipped | 1 passed |" in pages._grid(outcomes)
 
 
 def measured(job: str, backend: str, dtype: torch.dtype, vocab: int, rows: int = 2) -> counting.Row:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastcalib
-from fastcalib import ValidSets, calibration, functional, losses
+from fastcalib import ValidSets, calibration, decoding, diagnostics, functional, losses
+from fastcalib.decoding import SizeOracle, TopK
 
 from .cases import random_logits, stats
 
@@ -67,6 +68,16 @@ def told(call: Callable[[], object], error: type[Exception], words: str) -> pyte
             lambda: functional.cross_entropy(Z, Y, label_smoothing="0.1"), TypeError, "label_smoothing must be a numb"
         ),
         told(lambda: functional.cross_entropy(Z, Y, ignore_index=0.5), TypeError, "ignore_index must be an int"),
+        told(
+            lambda: functional.selective_log_softmax(Z, [1] * 8, row_mask=Y),
+            TypeError,
+            "^index must be a tensor, got list",
+        ),
+        told(
+            lambda: functional.selective_log_softmax(Z, Y, row_mask=[1] * 8),
+            TypeError,
+            "^row_mask must be a tensor, got list",
+        ),
         # sets
         told(lambda: ValidSets([1, 2], [0, 2]), TypeError, "values must be a tensor, got list; ValidSets.from_lists"),
         told(lambda: ValidSets.from_lists([1, 2]), TypeError, "set 0 must be a sequence of integers .* got 1$"),
@@ -115,8 +126,59 @@ def test_nested_logits_are_refused_in_words() -> None:
 def test_sets_on_another_device_are_refused() -> None:
     """Kernels take bare pointers: what lies elsewhere would be read as if it lay here."""
     sets = ValidSets.from_lists([[1]] * 8)
-    with pytest.raises(ValueError, match=r"index is on cpu, the logits are on meta; .*index\.to\(logits\.device\)"):
-        fastcalib.ranks(Z.to("meta"), sets)
+    for call, name in (
+        (fastcalib.ranks, "index"),
+        (diagnostics.order, "sets"),
+        (diagnostics.shape, "sets"),
+        (lambda z, s: decoding.cutoffs(z, [TopK(1)], sets=s), "sets"),
+        (lambda z, s: fastcalib.pr_divergence(z, s, 1.0), "teacher"),
+    ):
+        words = rf"^{name} is on cpu, the logits are on meta; .*{name}\.to\(logits\.device\)"
+        with pytest.raises(ValueError, match=words):
+            call(Z.to("meta"), sets)
+
+
+WITH_SETS = {
+    "order": (diagnostics.order, "sets"),
+    "shape": (diagnostics.shape, "sets"),
+    "diagnose": (lambda z, sets, **options: diagnostics.diagnose(z, sets, [TopK(2)], **options), "sets"),
+    "cutoffs": (lambda z, sets, **options: decoding.cutoffs(z, [TopK(2)], sets=sets, **options), "sets"),
+    "thresholds": (lambda z, sets, **options: decoding.thresholds(z, [SizeOracle()], sets=sets, **options), "sets"),
+    "pr_divergence": (lambda z, sets, **options: fastcalib.pr_divergence(z, sets, 1.0, **options), "teacher"),
+    "losses.pr": (losses.pr, "teacher"),
+    "statistics": (fastcalib.statistics, "index"),
+    "ranks": (fastcalib.ranks, "index"),
+}
+
+
+def unchecked(values: list[int], offsets: list[int]) -> ValidSets:
+    """Sets that were made while compiling, where nobody looks at the values."""
+    sets = object.__new__(ValidSets)
+    for name, numbers in (("values", values), ("offsets", offsets)):
+        object.__setattr__(sets, name, torch.tensor(numbers))
+    return sets
+
+
+@pytest.mark.parametrize("name", WITH_SETS)
+def test_mistakes_in_sets_go_by_the_name_of_the_argument(name: str, backend: str) -> None:
+    """Functions that leave sets to operations, where they are called index, say what their own caller wrote."""
+    call, argument = WITH_SETS[name]
+    # who has no ignore_index is told of none
+    end = "" if argument != "index" else "; entries that stand for no token must equal ignore_index=-100"
+    for sets, options, words in (
+        ([[0], [1]], {}, r" must be .*a ValidSets, got list; .*ValidSets\.from_lists"),
+        (ValidSets.from_lists([[0]]), {}, r" holds 1 sets for 2 rows of logits \(2, 4\)$"),
+        (ValidSets.from_lists([]), {}, r" holds 0 sets for 2 rows of logits \(2, 4\)$"),
+        (
+            ValidSets.from_lists([[0], [2, 4]]),
+            {},
+            rf": entry 1 of set 1 \(values\[2\]\) is 4, .* vocabulary of 4{end}$",
+        ),
+        (ValidSets.from_lists([[3], []]), {"vocab_size": 3}, rf": entry 0 of set 0 .* is 3, .* vocabulary of 3{end}$"),
+        (unchecked([0, -1], [0, 1, 2]), {}, rf": entry 0 of set 1 .* is -1, outside \[0, 4\): .* of 4{end}$"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{argument}{words}"):
+            call(Z[:2, :4], sets, backend=backend, **options)
 
 
 def test_numbers_of_numpy_are_numbers(backend: str) -> None:

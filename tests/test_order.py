@@ -213,8 +213,8 @@ def test_from_ranks_is_the_same():
         ({"counts": torch.tensor([True, True])}, TypeError, "integers or floating point"),
         ({"precision": 0}, ValueError, "precision must lie in"),
         ({"precision": 80}, ValueError, "precision must lie in .* 80"),
-        ({"sets": ValidSets.from_lists([[0], [1]])}, ValueError, "2 sets for 1 rows"),
-        ({"sets": ValidSets.from_lists([[5]])}, ValueError, "outside"),
+        ({"sets": ValidSets.from_lists([[0], [1]])}, ValueError, "^sets holds 2 sets for 1 rows"),
+        ({"sets": ValidSets.from_lists([[5]])}, ValueError, r"^sets: entry 0 of set 0 .* is 5, outside \[0, 4\)"),
     ],
 )
 def test_errors(change, error, words):

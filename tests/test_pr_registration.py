@@ -73,7 +73,7 @@ A, B = random_logits(2, 5), random_logits(2, 5, seed=1)
 SETS = ValidSets.from_lists([[0], [1, 2]])
 MISTAKES = {
     "no tensor": (lambda: fastcalib.pr_divergence(A, [[1.0]], 1.0), TypeError, "ValidSets.from_lists"),
-    "integers": (lambda: fastcalib.pr_divergence(A, B.long(), 1.0), TypeError, "teacher: logits must be float32"),
+    "integers": (lambda: fastcalib.pr_divergence(A, B.long(), 1.0), TypeError, "^teacher must be float32"),
     "rows": (lambda: fastcalib.pr_divergence(A, B[:1], 1.0), ValueError, r"leading dimensions \(2,\)"),
     "columns": (lambda: fastcalib.pr_divergence(A, B[:, :4], 1.0), ValueError, "same vocabulary; pass vocab_size"),
     "negative lam": (lambda: fastcalib.pr_divergence(A, B, -1.0), ValueError, r"lam must be >= 0 .*got -1"),
@@ -86,14 +86,26 @@ MISTAKES = {
     ),
     "temperatures": (lambda: fastcalib.pr_divergence(A, B, 1.0, temperature=[1.0]), TypeError, "temperature must be a"),
     "teacher temperature": (
-        lambda: fastcalib.pr_divergence(A, B, 1.0, teacher_temperature=0.0), ValueError, "teacher_temperature must be"
+        lambda: fastcalib.pr_divergence(A, B, 1.0, teacher_temperature=0.0), ValueError, "^teacher_temperature must be"
+    ),
+    "teacher temperatures": (
+        lambda: fastcalib.pr_divergence(A, B, 1.0, teacher_temperature=torch.tensor([1.0, -1.0])), ValueError,
+        r"^teacher_temperature\[1\] must be positive",
+    ),
+    "teacher temperatures' shape": (
+        lambda: fastcalib.pr_divergence(A, B, 1.0, teacher_temperature=torch.ones(3)), ValueError,
+        r"^a teacher_temperature tensor must broadcast to the leading dimensions \(2,\)",
+    ),
+    "padding": (
+        lambda: fastcalib.pr_divergence(A, B[:, :2], 1.0, vocab_size=3), ValueError, r"lie in \[1, 2\] for teacher"
     ),
     "ignored": (lambda: fastcalib.pr_divergence(A, B, 1.0, ignored=torch.ones(2)), TypeError, "bool tensor"),
     "ignored shape": (
         lambda: fastcalib.pr_divergence(A, B, 1.0, ignored=torch.ones(3, dtype=torch.bool)), ValueError, r"\(2,\)"
     ),
     "dense weights": (lambda: fastcalib.pr_divergence(A, B, 1.0, weights=torch.ones(2)), TypeError, "ValidSets"),
-    "sets": (lambda: fastcalib.pr_divergence(A[:1], SETS, 1.0), ValueError, "2 sets for 1 rows"),
+    "sets": (lambda: fastcalib.pr_divergence(A[:1], SETS, 1.0), ValueError, "^teacher holds 2 sets for 1 rows"),
+    "ids": (lambda: fastcalib.pr_divergence(A[:, :2], SETS, 1.0), ValueError, "^teacher: entry 1 of set 1 .* is 2"),
     "weights": (lambda: fastcalib.pr_divergence(A, SETS, 1.0, weights=torch.ones(2)), ValueError, r"shape \(3,\)"),
     "negative weights": (
         lambda: fastcalib.pr_divergence(A, SETS, 1.0, weights=torch.tensor([1.0, -2, 1])), ValueError, r"weights\[1\]"

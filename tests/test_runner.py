@@ -248,6 +248,28 @@ def test_other_options_do_not_take_old_results(options, finished):
     assert _same({"o": tables(options.out)["order"]}, {"o": tables(finished.out)["order"]})
 
 
+def test_precision_and_draws_are_those_asked_for(folder, options):
+    run(dataclasses.replace(options, precision=0.02, draws=4, temperatures=(0.5, 2.0)))
+    _, trie, logits = truth(folder)
+    found = tables(options.out)
+    for row, z in zip(found["order"], logits.values(), strict=True):
+        ids = trie.valid_sets([row["node"]]).to_lists()[0]
+        weights = trie.child_weights([row["node"]])
+        best = 0.0
+        for v in ids:
+            reached = z[ids] >= z[v]
+            if int(reached.sum()) >= 0.02 * int((z >= z[v]).sum()):
+                best = max(best, float(weights[reached].sum() / weights.sum()))
+        assert row["recall_at_precision"] == near(best)
+    for row in found["shape"]:
+        p = (logits[row["node"]] / row["temperature"]).softmax(-1)[trie.valid_sets([row["node"]]).values]
+        assert row["expected_distinct"] == near(float((1 - (1 - p) ** 4).sum()))
+    assert len({row["recall_at_precision"] for row in found["order"]}) > 3
+    for row in found["valid"]:  # at temperature 1, though nobody asked for it
+        log_p = logits[row["node"]].log_softmax(-1)
+        assert row["log_prob"] == near(float(log_p[trie.token[row["child"]]]))
+
+
 def test_a_batch_of_another_size_gives_the_same_within_rounding(options, finished):
     run(dataclasses.replace(options, batch=100))
     for row, want in zip(tables(options.out)["valid"], tables(finished.out)["valid"], strict=True):

@@ -178,7 +178,8 @@ def test_another_task_in_the_same_folder_is_told_and_an_error_leaves_the_old_run
     )
 
 
-def test_logits_that_are_no_numbers(options):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers(options, value):
     """As float16 overflows: told, and NaN in the tables instead of ranks that a comparison with NaN gives."""
 
     def broken(*how: object) -> object:
@@ -187,7 +188,7 @@ def test_logits_that_are_no_numbers(options):
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             z = inner(hidden)
-            return z.clone().index_fill_(-1, torch.tensor([5]), torch.nan)
+            return z.clone().index_fill_(-1, torch.tensor([5]), value)
 
         model.network.lm_head.forward = forward
         return model
@@ -197,6 +198,7 @@ def test_logits_that_are_no_numbers(options):
     n = facts.options["prefixes"]
     assert f"After {n} of {n} prefixes the model's logits are NaN or infinite" in console.export_text()
     assert set(read_table(options.out, "valid")["n_greater"].to_pylist()) == {-1}
+    assert set(read_table(options.out, "order")["order_calibrated"].to_pylist()) == {False}
     for table, column in (("order", "auroc"), ("order", "area"), ("shape", "kl"), ("cutoffs", "precision")):
         assert all(math.isnan(x) for x in read_table(options.out, table)[column].to_pylist())
     assert set(read_table(options.out, "cutoffs")["kept"].to_pylist()) == {0}

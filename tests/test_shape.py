@@ -180,8 +180,8 @@ def test_training_on_kl_makes_the_model_calibrated():
         ({"counts": torch.tensor([1.0, -1.0, 1.0])}, ValueError, r"counts\[1\] is -1.0"),
         ({"counts": torch.tensor([1.0, math.nan, 1.0])}, ValueError, r"counts\[1\] is nan"),
         ({"counts": torch.tensor([1.0, 1.0, 0.0])}, ValueError, "counts of set 1 add up to 0"),
-        ({"sets": ValidSets.from_lists([[9], [0]])}, ValueError, r"outside \[0, 4\)"),
-        ({"sets": ValidSets.from_lists([[0]])}, ValueError, "1 sets for 2 rows"),
+        ({"sets": ValidSets.from_lists([[9], [0]])}, ValueError, r"^sets: entry 0 of set 0 .* is 9, outside \[0, 4\)"),
+        ({"sets": ValidSets.from_lists([[0]])}, ValueError, "^sets holds 1 sets for 2 rows"),
     ],
 )
 def test_mistakes_are_named(arguments, error, words):

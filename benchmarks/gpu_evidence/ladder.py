@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TRITON, CUDA, INTERPRETED = "test_triton_emulated", "test_cuda_emulated", "test_triton_interpret"
 TRITON_FUSED = "test_triton_fused_emulated"
-CUDA_SOFTMAX, CUDA_FUSED = "test_cuda_softmax_emulated", "test_cuda_fused_emulated"
+CUDA_RANKS, CUDA_FUSED = "test_cuda_ranks_emulated", "test_cuda_fused_emulated"
+CUDA_SOFTMAX = "test_cuda_softmax_emulated"
 TRITON_LINEAR, LINEAR_INTERPRETED = "test_triton_linear_emulated", "test_triton_linear_interpret"
 _STATISTICS = ("test_statistics", "test_hostile_rows", "test_bad_ids_read_nothing", "test_exponentials_per_element")
 _BITS = "test_a_row_has_the_same_bits_alone_in_company_and_at_any_alignment"
@@ -53,8 +54,7 @@ KERNELS = (
     Kernel("CUDA statistics, backward", CUDA, ("test_gradients", "test_gradients_of_each_field_alone",
            "test_gradients_of_hostile_rows", "test_gradients_of_a_token_selected_twice", "test_traffic")),
     Kernel("CUDA loss and gradient in one launch", CUDA_FUSED, ()),
-    Kernel("CUDA ranks", CUDA, ("test_ranks", "test_ragged_sets", "test_large_sets", "test_traffic",
-           "test_thresholds_that_are_no_logits", "test_denormals_and_signed_zeros_are_told_apart")),
+    Kernel("CUDA ranks", CUDA_RANKS, ()),
 )  # fmt: skip
 if (ROOT / "tests" / f"{CUDA_SOFTMAX}.py").exists():
     KERNELS += (Kernel("CUDA softmax, forward and backward", CUDA_SOFTMAX, ()),)
@@ -109,6 +109,17 @@ def emulated(kernel: Kernel, sm: int, outcomes: Outcomes) -> str:
         and any(mark in name for mark in marks)
     ]
     return _cell(found)
+
+
+def grid(outcomes: Outcomes) -> list[list[str]]:
+    """The CPU's own tests on the emulated GPUs (``make prove``), a line for each file: its name, sm_90, sm_80."""
+    on = {sm: f"triton-sm{sm}" for sm in (90, 80)}
+    modules = sorted({module for module, name in outcomes if any(mark in name for mark in on.values())})
+    return [
+        [f"tests/{module}.py"]
+        + [_cell([o for (m, name), o in outcomes.items() if m == module and mark in name]) for mark in on.values()]
+        for module in modules
+    ]
 
 
 def interpreted(kernel: Kernel, outcomes: Outcomes) -> str:

@@ -142,11 +142,27 @@ def _ladder(outcomes: ladder.Outcomes, triton: bool, cuda: bool) -> str:
 ## The ladder of evidence
 
 Tests that ran for this page, against float64, strict about bounds, alignment, races and uninitialised reads on rung 2
-(tests/test_triton_emulated.py, tests/test_cuda_emulated.py, tests/test_triton_interpret.py). `make prove` runs more of
-them, and the CPU's whole grid on the Triton kernels: `FASTCALIB_TEST_BACKENDS="triton-sm80 triton-sm90" pytest`.
+(tests/test_triton_*emulated.py, tests/test_cuda_*emulated.py, tests/test_triton_*interpret.py); `make prove` runs all.
 
 {table(head, lines)}
+
+{_grid(outcomes)}
 """
+
+
+def _grid(outcomes: ladder.Outcomes) -> str:
+    lines = ladder.grid(outcomes)
+    if not lines:
+        return (
+            "The CPU's own tests on the Triton kernels were not run for this page:\n"
+            '`FASTCALIB_TEST_BACKENDS="triton-sm80 triton-sm90" pytest`, the second half of `make prove`.'
+        )
+    return f"""\
+The CPU's own tests with the Triton kernels in the emulator, the second half of `make prove`. Left out are float64,
+which the kernels do not take, threads, and what would take hours (the Makefile names it); skipped are bad ids, which
+raise an error on a CPU and give NaN on a GPU:
+
+{table(["file", "emulator sm_90", "emulator sm_80"], lines)}"""
 
 
 def _row(result: Row | Failure) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops._arguments import check_logits
-from ..ops._set_arguments import check_counts, check_sets
+from ..ops._set_arguments import check_are_sets, check_counts, check_sets
 from ..ops.ranks import ranks
 from ..valid_sets import ValidSets
 from . import _segments
@@ -106,14 +106,19 @@ def order(
         (0.5, 0.75, False)
     """
     width = check_logits(logits, vocab_size)
-    check_sets(sets)
+    n_greater, n_equal = ranks_of_valid(logits, sets, width, backend)
+    return order_from_ranks(n_greater, n_equal, sets, counts=counts, vocab_size=width, precision=precision)
+
+
+def ranks_of_valid(logits: Tensor, sets: ValidSets, vocab_size: int, backend: str) -> tuple[Tensor, Tensor]:
+    """n_greater and n_equal of the valid tokens, (nnz,), as :func:`order_from_ranks` takes them."""
+    check_sets(sets, logits, vocab_size)
     r = ranks(logits, sets, vocab_size=vocab_size, backend=backend)
     # Every number is at or above -inf, a NaN is not; what a comparison says of it would pass for a rank.
     lowest = torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
     numbers = ranks(logits, thresholds=lowest, vocab_size=vocab_size, backend=backend)
-    ordered = (numbers.n_greater + numbers.n_equal).reshape(-1) == width
-    n_greater = torch.where(ordered[sets.rows()], r.n_greater, -1)
-    return order_from_ranks(n_greater, r.n_equal, sets, counts=counts, vocab_size=width, precision=precision)
+    ordered = (numbers.n_greater + numbers.n_equal).reshape(-1) == vocab_size
+    return torch.where(ordered[sets.rows()], r.n_greater, -1), r.n_equal
 
 
 def order_from_ranks(
@@ -244,7 +249,7 @@ def _running_sum(weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _check(n_greater: Tensor, n_equal: Tensor, sets: ValidSets, vocab_size: int, precision: float) -> None:
-    check_sets(sets)
+    check_are_sets(sets)
     for name, tensor in (("n_greater", n_greater), ("n_equal", n_equal)):
         if not isinstance(tensor, Tensor) or tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be an integer tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops._arguments import Temperature, normalise_temperature
+from ..ops._arguments import Temperature, check_logits, normalise_temperature
 from ..ops._set_arguments import check_counts, check_sets
 from ..ops.statistics import statistics
 from ..valid_sets import ValidSets
@@ -88,7 +88,20 @@ def shape(
         >>> abs(s.kl_valid.item()) < 1e-15  # 0.5 and 0.25 are as 2 to 1
         True
     """
-    check_sets(sets)
+    return shape_and_log_prob(logits, sets, counts, temperature, draws, vocab_size, backend)[0]
+
+
+def shape_and_log_prob(
+    logits: Tensor,
+    sets: ValidSets,
+    counts: Tensor | None,
+    temperature: Temperature,
+    draws: int | None,
+    vocab_size: int | None,
+    backend: str,
+) -> tuple[Shape, Tensor]:
+    """:func:`shape`, and the log-probabilities of the valid tokens, (nnz,) plus [K], that it is made of."""
+    check_sets(sets, logits, check_logits(logits, vocab_size))
     check_draws(draws)
     counts = check_counts(counts, sets)
     stats = statistics(logits, sets, temperature, vocab_size=vocab_size, backend=backend)
@@ -101,7 +114,7 @@ def shape(
         return _among_valid(logits, sets.values[part.tokens], part, temperatures, log_p, log_mass)
 
     found = spread(lambda part: log_prob[part.tokens].double(), entropy, sets, counts, draws, among)
-    return Shape(*(x.reshape((*logits.shape[:-1], *stats.log_prob.shape[1:])) for x in found))
+    return Shape(*(x.reshape((*logits.shape[:-1], *stats.log_prob.shape[1:])) for x in found)), stats.log_prob
 
 
 def check_draws(draws: int | None) -> None:

@@ -25,29 +25,29 @@ NUMBERS = (int, float, np.integer, np.floating)
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-30, 1e15
 
 
-def check_logits(logits: Tensor, vocab_size: int | None) -> int:
-    """Validate logits (*, V) and return the number of real columns."""
+def check_logits(logits: Tensor, vocab_size: int | None, name: str = "logits") -> int:
+    """Validate logits (*, V) and return the number of real columns; ``name`` is the argument's."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}; torch.as_tensor converts arrays")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}; torch.as_tensor converts arrays")
     if type(logits).__name__ == "DTensor":
         raise TypeError(
-            "logits is a DTensor: fastcalib reads raw memory and has no sharding rule yet. "
+            f"{name} is a DTensor: fastcalib reads raw memory and has no sharding rule yet. "
             "Call .full_tensor() first, or .to_local() when every rank holds whole rows"
         )
     if logits.is_nested or logits.layout is not torch.strided:
         kind = "nested" if logits.is_nested else str(logits.layout)
-        raise TypeError(f"logits must be a dense tensor (*, V), got a {kind} one; pass the values of its rows")
+        raise TypeError(f"{name} must be a dense tensor (*, V), got a {kind} one; pass the values of its rows")
     if logits.dtype not in FLOATING:
-        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must have shape (*, V) with V >= 1, got {tuple(logits.shape)}")
+        raise ValueError(f"{name} must have shape (*, V) with V >= 1, got {tuple(logits.shape)}")
     width = logits.shape[-1]
     if vocab_size is None:
         return width
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
         raise TypeError(f"vocab_size must be an int, got {vocab_size!r}")
     if not 1 <= vocab_size <= width:
-        raise ValueError(f"vocab_size must lie in [1, {width}] for logits with {width} columns, got {vocab_size}")
+        raise ValueError(f"vocab_size must lie in [1, {width}] for {name} with {width} columns, got {vocab_size}")
     return vocab_size
 
 
@@ -57,14 +57,14 @@ def check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index must be an int (a token id that stands for no token), got {ignore_index!r}")
 
 
-def _check_number(value: object) -> float:
+def _check_number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(
-            f"temperature must be a number, a sequence of numbers (several for all rows) or a tensor (one a row), got "
+            f"{name} must be a number, a sequence of numbers (several for all rows) or a tensor (one a row), got "
             f"{value!r}"
         )
     if not LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE:
-        raise ValueError(_bad_temperature("temperature", float(value)))
+        raise ValueError(_bad_temperature(name, float(value)))
     return float(value)
 
 
@@ -74,19 +74,19 @@ def _bad_temperature(where: str, value: float) -> str:
     )
 
 
-def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Tensor, bool]:
-    """Temperature as float64 (1 or N, K), and whether results carry an axis of K."""
+def normalise_temperature(temperature: Temperature, logits: Tensor, name: str = "temperature") -> tuple[Tensor, bool]:
+    """Temperature as float64 (1 or N, K), and whether results carry an axis of K; ``name`` is the argument's."""
     leading = logits.shape[:-1]
     if isinstance(temperature, Tensor):
         if not temperature.dtype.is_floating_point:
-            raise TypeError(f"a temperature tensor must be floating point, got {temperature.dtype}")
+            raise TypeError(f"a {name} tensor must be floating point, got {temperature.dtype}")
         if temperature.device != logits.device and not (temperature.device.type == "cpu" and temperature.dim() == 0):
-            raise ValueError(f"temperature is on {temperature.device}, the logits are on {logits.device}")
+            raise ValueError(f"{name} is on {temperature.device}, the logits are on {logits.device}")
         if not torch.compiler.is_compiling() and temperature.device.type == "cpu" and not is_fake(temperature):
             bad = ~((temperature >= LOWEST_TEMPERATURE) & (temperature <= HIGHEST_TEMPERATURE))
             if bad.any():
                 position = tuple(bad.nonzero()[0].tolist())
-                where = f"temperature{list(position)}" if position else "temperature"
+                where = f"{name}{list(position)}" if position else name
                 raise ValueError(_bad_temperature(where, float(temperature[position].detach())))
         flat = temperature.to(logits.device, torch.float64)
         if flat.dim() == 0 or (flat.numel() == 1 and flat.dim() <= len(leading)):
@@ -95,18 +95,18 @@ def normalise_temperature(temperature: Temperature, logits: Tensor) -> tuple[Ten
             flat = flat.expand(leading)
         except RuntimeError:
             raise ValueError(
-                f"a temperature tensor must broadcast to the leading dimensions {tuple(leading)} of the logits, got "
+                f"a {name} tensor must broadcast to the leading dimensions {tuple(leading)} of the logits, got "
                 f"shape {tuple(temperature.shape)}; pass a list of numbers for several temperatures per row"
             ) from None
         return flat.reshape(-1, 1), False
     if isinstance(temperature, (str, bytes)):  # a sequence, whose characters alone would be named
-        _check_number(temperature)
+        _check_number(temperature, name)
     if isinstance(temperature, Sequence):
-        values = [_check_number(t) for t in temperature]
+        values = [_check_number(t, name) for t in temperature]
         if not values:
-            raise ValueError("temperature is an empty sequence; pass at least one number")
+            raise ValueError(f"{name} is an empty sequence; pass at least one number")
         return row_of(values, logits.device), True
-    return row_of([_check_number(temperature)], logits.device), False
+    return row_of([_check_number(temperature, name)], logits.device), False
 
 
 def temperature_a_row(name: str, temperature: Any, logits: Tensor) -> Tensor:
@@ -115,10 +115,8 @@ def temperature_a_row(name: str, temperature: Any, logits: Tensor) -> Tensor:
         raise TypeError(
             f"{name} must be a number or a tensor over the leading dimensions, got {type(temperature).__name__}"
         )
-    try:
-        return normalise_temperature(temperature if isinstance(temperature, Tensor) else float(temperature), logits)[0]
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("temperature", name, 1)) from None
+    number = temperature if isinstance(temperature, Tensor) else float(temperature)
+    return normalise_temperature(number, logits, name)[0]
 
 
 def row_of(values: list[float], device: torch.device) -> Tensor:
@@ -222,18 +220,24 @@ class BadTokenId(ValueError):
     """A token id outside the vocabulary. A loss, which calls its ids target, raises it again under that name."""
 
 
-def raise_bad_id(index: Index, position: int, vocab_size: int, ignore_index: int, name: str = "index") -> NoReturn:
-    """The error for a token id outside [0, vocab_size); ``position`` counts in the flat ids."""
+def raise_bad_id(
+    index: Index, position: int, vocab_size: int, ignore_index: int | None, name: str = "index"
+) -> NoReturn:
+    """The error for a token id outside [0, vocab_size); ``position`` counts in the flat ids. ``name`` is the caller's
+    argument, ``ignore_index`` None where there is no such argument."""
     if index.offsets is not None:
         row = int(torch.searchsorted(index.offsets, position, right=True)) - 1  # the last set that starts at or before
         where = f"{name}: entry {position - int(index.offsets[row])} of set {row} (values[{position}])"
     else:
         place = [int(i) for i in torch.unravel_index(torch.tensor(position), index.shape)]
         where = f"{name}{place or ''}"
-    raise BadTokenId(
+    message = (
         f"{where} is {int(index.ids[position])}, outside [0, {vocab_size}): token ids must lie in the vocabulary of "
-        f"{vocab_size}; entries that stand for no token must equal ignore_index={ignore_index}"
-    ) from None
+        f"{vocab_size}"
+    )
+    if ignore_index is not None:
+        message += f"; entries that stand for no token must equal ignore_index={ignore_index}"
+    raise BadTokenId(message) from None
 
 
 def raise_bad_target(target: Tensor, vocab_size: int, ignore_index: int) -> NoReturn:
@@ -243,9 +247,10 @@ def raise_bad_target(target: Tensor, vocab_size: int, ignore_index: int) -> NoRe
     raise_bad_id(Index(ids, 1, None, tuple(target.shape)), position, vocab_size, ignore_index, "target")
 
 
-def outside(ids: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+def outside(ids: Tensor, vocab_size: int, ignore_index: int | None) -> Tensor:
     """Which ids are neither in [0, vocab_size) nor ignore_index."""
-    return ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
+    bad = (ids < 0) | (ids >= vocab_size)
+    return bad if ignore_index is None else bad & (ids != ignore_index)
 
 
 def flat_index(ids: Tensor, per_row: int, offsets: Tensor | None, logits: Tensor) -> Index:
@@ -254,14 +259,18 @@ def flat_index(ids: Tensor, per_row: int, offsets: Tensor | None, logits: Tensor
     return Index(ids, per_row, offsets, leading if per_row == 1 else (*leading, per_row))
 
 
-def check_ids_eager(index: Index, vocab_size: int, ignore_index: int) -> None:
-    """The check that the C++ kernels do while they gather, for the reference. Only where it costs no device sync."""
+def check_ids(index: Index, vocab_size: int, ignore_index: int | None, name: str = "index") -> None:
+    """The check that the C++ kernels do while they gather, for those who do not leave it to them: the reference, and
+    functions whose ids go by another name than theirs. Only where it costs no device sync."""
     ids = index.ids
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(ids):
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(ids) or ids.numel() == 0:
+        return
+    low, high = ids.aminmax()
+    if low >= 0 and high < vocab_size:
         return
     bad = outside(ids, vocab_size, ignore_index)
     if bad.any():
-        raise_bad_id(index, int(bad.nonzero()[0]), vocab_size, ignore_index)
+        raise_bad_id(index, int(bad.nonzero()[0]), vocab_size, ignore_index, name)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -80,6 +80,24 @@ class Linear:
             yield slice(start, min(start + size, self.n_rows))
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The dtype of each gradient that is wanted, and the rows of the weight (padding included: its gradient is 0)."""
+
+    hidden: torch.dtype | None
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    rows: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Wanted:
+        """Each in the dtype of its tensor; ``needs`` as ``ctx.needs_input_grad`` has them, in this order first."""
+        one, two, three = (
+            None if tensor is None or not need else tensor.dtype for tensor, need in zip((hidden, weight, bias), needs)
+        )
+        return cls(one, two, three, weight.shape[0])
+
+
 class Gradients:
     """Gradients of hidden, weight and bias from those of the logits, chunk of rows by chunk of rows.
 
@@ -87,31 +105,21 @@ class Gradients:
     into the dtype of the parameter, and freed, at the end), unless one chunk holds all rows: nothing is added then.
     """
 
-    def __init__(
-        self,
-        layer: Linear,
-        hidden: torch.dtype | None,
-        weight: tuple[torch.dtype, int] | None,
-        bias: torch.dtype | None,
-        chunks: int,
-    ) -> None:
-        """dtype of each gradient wanted, and the rows of the weight (padding included: its gradient is 0)."""
-        self.layer, self.count = layer, 0
-        self.hidden = None if hidden is None else layer.hidden.new_empty(layer.hidden.shape, dtype=hidden)
-        self.bias_dtype, self.rows = bias, 0
-        self.weight_dtype: torch.dtype | None = None
-        wide = torch.promote_types(layer.hidden.dtype, torch.float32)
-        self.bias = None if bias is None else layer.hidden.new_zeros(layer.width, dtype=wide)
+    def __init__(self, layer: Linear, wanted: Wanted, chunks: int) -> None:
+        self.layer, self.wanted, self.count = layer, wanted, 0
+        hidden = layer.hidden
+        self.hidden = None if wanted.hidden is None else hidden.new_empty(hidden.shape, dtype=wanted.hidden)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.bias = None if wanted.bias is None else hidden.new_zeros(layer.width, dtype=wide)
         self.whole: Tensor | None = None  # the result itself, where sums can be made in it
         self.blocks: list[Tensor] = []
         self.part: Tensor | None = None
-        if weight is None:
+        if wanted.weight is None:
             return
-        self.weight_dtype, self.rows = weight
-        depth, exact = layer.hidden.shape[1], layer.hidden.dtype == wide
-        direct = self.weight_dtype == layer.hidden.dtype and (exact or chunks <= 1)
-        if direct or self.weight_dtype == wide:
-            self.whole = layer.weight.new_empty(self.rows, depth, dtype=self.weight_dtype)
+        depth, exact = hidden.shape[1], hidden.dtype == wide
+        direct = wanted.weight == hidden.dtype and (exact or chunks <= 1)
+        if direct or wanted.weight == wide:
+            self.whole = layer.weight.new_empty(wanted.rows, depth, dtype=wanted.weight)
             self.whole[layer.width if chunks else 0 :].zero_()
         if direct:
             return
@@ -120,7 +128,7 @@ class Gradients:
         else:
             sizes = [min(BLOCK, layer.width - start) for start in range(0, layer.width, BLOCK)]
             self.blocks = [layer.weight.new_empty(size, depth, dtype=wide) for size in sizes]
-        self.part = layer.weight.new_empty(min(BLOCK, layer.width), depth, dtype=layer.hidden.dtype)
+        self.part = layer.weight.new_empty(min(BLOCK, layer.width), depth, dtype=hidden.dtype)
 
     def add(self, gradient: Tensor, rows: slice) -> None:
         """``gradient`` (n, V) of hidden weight^T + bias for these rows."""
@@ -151,9 +159,9 @@ class Gradients:
 
     def finished_weight(self) -> Tensor | None:
         """The finished gradient of the weight. To be called once: what it is made of is let go."""
-        if self.weight_dtype is None or self.whole is not None:
+        if self.wanted.weight is None or self.whole is not None:
             return self.whole
-        out = self.layer.weight.new_empty(self.rows, self.layer.hidden.shape[1], dtype=self.weight_dtype)
+        out = self.layer.weight.new_empty(self.wanted.rows, self.layer.hidden.shape[1], dtype=self.wanted.weight)
         out[self.layer.width if self.count else 0 :].zero_()
         self.blocks.reverse()
         start = 0
@@ -167,7 +175,7 @@ class Gradients:
         """The gradient of a bias of so many entries, 0 for padding."""
         if self.bias is None:
             return None
-        return torch.nn.functional.pad(self.bias.to(self.bias_dtype), (0, size - self.layer.width))
+        return torch.nn.functional.pad(self.bias.to(self.wanted.bias), (0, size - self.layer.width))
 
 
 def check_linear(

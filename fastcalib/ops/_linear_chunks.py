@@ -14,7 +14,17 @@ from ..backends import extension
 from ..eager.softmax import statistics_dtype
 from . import _gpu
 from ._arguments import DTYPE_CODE, Index
-from ._linear import COLUMNS, FORWARD_BYTES, LEAST_COLUMNS, ROW_BYTES, Gradients, Linear, make_linear, without_autocast
+from ._linear import (
+    COLUMNS,
+    FORWARD_BYTES,
+    LEAST_COLUMNS,
+    ROW_BYTES,
+    Gradients,
+    Linear,
+    Wanted,
+    make_linear,
+    without_autocast,
+)
 from ._statistics import ROW_FIELDS, allocate, backward_into, pointer
 from ._statistics_temperature import temperature_gradient
 from .statistics import _eager
@@ -210,13 +220,7 @@ class LinearStatistics(torch.autograd.Function):
         buffers = 1 if request.softcap is None else 2
         size = layer.chunk_rows(ROW_BYTES, buffers)
         parts = list(layer.row_chunks(size))
-        sums = Gradients(
-            layer,
-            hidden.dtype if wants_hidden else None,
-            (weight.dtype, weight.shape[0]) if wants_weight else None,
-            bias.dtype if wants_bias and bias is not None else None,
-            len(parts),
-        )
+        sums = Gradients(layer, Wanted.of(hidden, weight, bias, ctx.needs_input_grad), len(parts))
         buffer, tanh = layer.buffer(size), layer.buffer(size) if request.softcap is not None else None
         temperatures = []
         for part, (ids, tokens) in zip(parts, cut_index(request.index, parts)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import NUMBERS
-from ._linear import BLOCK, Gradients, Linear
+from ._linear import BLOCK, Gradients, Linear, Wanted
 
 TILE = 128
 
@@ -38,16 +38,8 @@ def check_filter_below(name: str, filter_below: float | None, device: torch.devi
 class FilteredGradients(Gradients):
     """``limit``: tiles whose every entry is smaller in absolute value add exactly nothing to hidden and weight."""
 
-    def __init__(
-        self,
-        layer: Linear,
-        hidden: torch.dtype | None,
-        weight: tuple[torch.dtype, int] | None,
-        bias: torch.dtype | None,
-        chunks: int,
-        limit: float,
-    ) -> None:
-        super().__init__(layer, hidden, weight, bias, chunks)
+    def __init__(self, layer: Linear, wanted: Wanted, chunks: int, limit: float) -> None:
+        super().__init__(layer, wanted, chunks)
         self.limit = limit
         self.skipped = self.tiles = 0
         for sums in ([] if self.whole is None else [self.whole], self.blocks):
@@ -76,7 +68,7 @@ class FilteredGradients(Gradients):
             if to_hidden is not None:
                 made = torch.mm(part, layer.weight[columns])
                 to_hidden.add_(made) if where is None else to_hidden.index_add_(0, where, made.to(wide))
-            if self.weight_dtype is not None:
+            if self.wanted.weight is not None:
                 self._add_weight(part, used, columns)
         if self.hidden is not None and to_hidden is not None:
             self.hidden[rows] = to_hidden

@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 
 from ..valid_sets import ValidSets
+from ._arguments import Index, check_ids, normalise_index
 
 
-def check_sets(sets: ValidSets) -> None:
+def check_sets(sets: ValidSets, logits: Tensor, vocab_size: int, name: str = "sets") -> Index:
+    """Sets of token ids, one for each row of the logits, flat; ``name`` is the argument's."""
+    check_are_sets(sets)
+    ids = normalise_index(sets, logits, name)
+    check_ids(ids, vocab_size, None, name)
+    return ids
+
+
+def check_are_sets(sets: ValidSets) -> None:
     """Raise unless these are sets; a tensor of ids would be taken for one token a row."""
     if not isinstance(sets, ValidSets):
         raise TypeError(f"sets must be a ValidSets, got {type(sets).__name__}; ValidSets.from_lists makes one of lists")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..valid_sets import ValidSets
 from ._arguments import temperature_a_row
+from ._set_arguments import check_sets
 from .statistics import statistics
 
 
@@ -26,6 +27,7 @@ def against_sets(
     Outside a set lam P_v = 0, so only the sets' own tokens matter, and Q is known there from one read of the logits.
     Ignored rows hand over empty sets and logits nobody reads.
     """
+    check_sets(sets, logits, vocab_size, "teacher")
     stats = statistics(logits, sets, temperature, moments=False, vocab_size=vocab_size, backend=backend)
     assert stats.log_prob is not None
     row_of = _rows(sets)

@@ -13,12 +13,9 @@ from ..eager.cutoffs import cutoffs as eager_cutoffs
 from ..eager.softmax import statistics_dtype
 from ..valid_sets import ValidSets
 from ._arguments import (
-    BadTokenId,
     Index,
     Temperature,
-    check_ids_eager,
     flat_index,
-    normalise_index,
     normalise_temperature,
     raise_bad_id,
     row_layout,
@@ -26,6 +23,7 @@ from ._arguments import (
 from ._cutoff_rules import Rule
 from ._cutoff_search import search
 from ._library import LIBRARY
+from ._set_arguments import check_sets
 from .statistics import statistics
 
 # Of (valid tokens, K, R) looked at in one go.
@@ -129,7 +127,7 @@ def _forward(
     )
     if bad >= 0:
         assert values is not None
-        raise_bad_id(flat_index(values, 0, offsets, logits), bad, vocab_size, -1, "sets")
+        raise_bad_id(flat_index(values, 0, offsets, logits), bad, vocab_size, None, "sets")
     return out
 
 
@@ -160,12 +158,11 @@ def cutoffs(
     tokens: bool = False,
 ) -> RowCutoffs:
     """See :func:`fastcalib.decoding.cutoffs`, which checks the arguments. ``tokens``: on the C++ backend alone."""
+    ids = None if sets is None else check_sets(sets, logits, width)
     backend = resolve(backend, logits.device, logits.dtype, "cutoffs")
     temperatures, _ = normalise_temperature(temperature, logits)
     if backend == "cpp":
         values, offsets = (None, None) if sets is None else (sets.values, sets.offsets)
-        if sets is not None:
-            normalise_index(sets, logits, "sets")
         coded = torch.tensor([(int(rule), value) for rule, value in rules], dtype=torch.float64)
         valid = valid and sets is not None
         out = torch.ops.fastcalib.cutoffs(
@@ -174,11 +171,7 @@ def cutoffs(
         return RowCutoffs(*(out[: 13 if valid and tokens else 8 if valid else 3]))
     flat = _several(temperature, temperatures, logits)
     rows = logits[..., :width].detach().reshape(-1, width)
-    sizes = ids = None
-    if sets is not None:
-        ids = normalise_index(sets, logits, "sets")
-        sizes = sets.counts().clamp(min=1)
-        _check_ids(ids, width)
+    sizes = None if sets is None else sets.counts().clamp(min=1)
     if backend == "eager":
         found = eager_cutoffs(rows, rules, temperatures, sizes, last)
     else:
@@ -226,13 +219,6 @@ def _with_sets(
     total = torch.zeros(n_rows, dtype=torch.float64, device=rows.device).index_add_(0, row_of, weights)
     mass = torch.where(defined, valid_mass.clamp(max=1.0), torch.nan).to(wide)
     return RowCutoffs(*found, keeps, kept_valid, mass, kept_counts, total)
-
-
-def _check_ids(ids: Index, width: int) -> None:
-    try:
-        check_ids_eager(ids, width, -1)
-    except BadTokenId as error:
-        raise BadTokenId(str(error).replace("index", "sets", 1)) from None
 
 
 def _several(temperature: Temperature, normal: Tensor, logits: Tensor) -> list[float] | Tensor:

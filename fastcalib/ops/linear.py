@@ -15,7 +15,7 @@ from . import _gpu
 from ._arguments import (
     Index,
     Temperature,
-    check_ids_eager,
+    check_ids,
     check_ignore_index,
     normalise_index,
     normalise_temperature,
@@ -152,7 +152,7 @@ def linear_statistics(
     if ranks:
         _check_ranked(ids)
     if ids is not None:
-        check_ids_eager(ids, width, ignore_index)
+        check_ids(ids, width, ignore_index)
         if validate:
             _gpu.validate_ids(ids, width, ignore_index)
     backend = resolve(backend, hidden.device, stand_in.dtype)
@@ -224,7 +224,7 @@ def linear_ranks(
         temperatures, has_axis = normalise_temperature(temperature, stand_in)
     if index is not None:
         ids, numbers = normalise_index(index, stand_in), False
-        check_ids_eager(ids, width, ignore_index)
+        check_ids(ids, width, ignore_index)
         if validate:
             _gpu.validate_ids(ids, width, ignore_index)
     else:

@@ -312,10 +312,7 @@ def _check_pair(logits: Tensor, teacher: Tensor, vocab_size: int | None, width: 
             f"teacher must be a tensor of logits (*, V) or a ValidSets, got {type(teacher).__name__}; "
             "ValidSets.from_lists(sets) makes the latter"
         )
-    try:
-        there = check_logits(teacher, vocab_size)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"teacher: {error}") from None
+    there = check_logits(teacher, vocab_size, "teacher")
     if teacher.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
             f"teacher must have the leading dimensions {tuple(logits.shape[:-1])} of the logits, got "

@@ -13,7 +13,7 @@ from . import _gpu
 from ._arguments import (
     Index,
     Temperature,
-    check_ids_eager,
+    check_ids,
     check_ignore_index,
     check_logits,
     flat_index,
@@ -225,7 +225,7 @@ def _eager(
     if index is None:
         assert bounds is not None
         return eager.ranks(flat, bounds, row_of, temperature)
-    check_ids_eager(ids, width, ignore_index)
+    check_ids(ids, width, ignore_index)
     ignored = index == ignore_index
     selected = flat[row_of, torch.where(ignored, 0, index)]
     n_greater, n_equal, mass = eager.ranks(flat, selected, row_of, temperature, selected=True)

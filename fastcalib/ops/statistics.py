@@ -14,7 +14,7 @@ from . import _gpu
 from ._arguments import (
     Index,
     Temperature,
-    check_ids_eager,
+    check_ids,
     check_ignore_index,
     check_logits,
     normalise_index,
@@ -157,7 +157,7 @@ def _eager(
     flat = logits[..., :width].reshape(-1, width)
     if ids is None:
         return eager.statistics(flat, temperature)
-    check_ids_eager(ids, width, ignore_index)
+    check_ids(ids, width, ignore_index)
     row_of = ids.rows(flat.shape[0])
     ignored = ids.ids == ignore_index
     total = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device)

@@ -13,18 +13,13 @@ import torch
 from torch import Tensor
 
 from ..answer_trie import AnswerTrie
-from ..diagnostics.order import Order
 from ..diagnostics.sequence import Compounding, at_nodes, at_prefixes, compounding, sequence, truncated_log_prob
 from ..valid_sets import ValidSets
-from .measure import CUTOFFS, FIT, SHAPE
+from .measure import CUTOFFS, FIT, ORDER, SHAPE
 from .options import DiagnoseOptions
 from .tables import write_table
 
 _FLAT = ("n_greater", "n_equal", "logit", "log_prob", "log_prob_at_1", "keeps")
-_ORDER = (
-    "area", "token_area", "recall_at_precision", "token_recall_at_precision", "r_precision", "average_precision",
-    "auroc", "order_calibrated",
-)  # fmt: skip
 
 
 @dataclass
@@ -33,7 +28,7 @@ class Results:
 
     Attributes:
         nodes: int64 (n,), the prefixes, ascending.
-        sets: their valid tokens. children: int64 (nnz,), the nodes these lead to. counts: float64 (nnz,).
+        sets: their valid tokens. children: int64 (nnz,), the nodes these lead to.
         valid: results a valid token, (nnz, ...). rows: results a prefix, (n, ...).
         complete: every prefix of the trie is there.
     """
@@ -41,7 +36,6 @@ class Results:
     nodes: Tensor
     sets: ValidSets
     children: Tensor
-    counts: Tensor
     valid: dict[str, Tensor]
     rows: dict[str, Tensor]
     complete: bool
@@ -57,7 +51,6 @@ class Results:
             ascending,
             trie.valid_sets(ascending),
             trie.children(ascending),
-            trie.child_weights(ascending),
             {name: column[by_child] for name, column in columns.items() if name in _FLAT},
             {name: column[by_node] for name, column in columns.items() if name not in _FLAT},
             complete,
@@ -98,7 +91,6 @@ def write_tables(
     out: Path,
     trie: AnswerTrie,
     found: Results,
-    order: Order,
     sequences: dict[str, dict[str, list[Any]]] | None,
     options: DiagnoseOptions,
     tokenizer: Any,
@@ -110,7 +102,9 @@ def write_tables(
     per_prefix = {"node": nodes.numpy()}
     write_table(
         out, "order",
-        per_prefix | {"valid": found.sets.counts().numpy()} | {name: getattr(order, name).numpy() for name in _ORDER},
+        per_prefix
+        | {"valid": found.sets.counts().numpy()}
+        | {name: found.rows[f"order_{name}"].numpy() for name in ORDER},
     )  # fmt: skip
     valid = found.valid
     write_table(

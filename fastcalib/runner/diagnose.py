@@ -17,12 +17,11 @@ import fastcalib
 
 from ..answer_trie import AnswerTrie
 from ..backends import resolve
-from ..diagnostics.order import Order, order_from_ranks
 from ..errors import UserError, require
 from ..storage import Record, Store, digest, fingerprint
 from .assemble import Results, sequence_tables, write_tables
 from .bars import progress
-from .measure import measure
+from .measure import CUTOFFS, FIT, ORDER, SHAPE, measure
 from .model import LanguageModel, ModelSource, load, locate, model_facts, pick_device, positions
 from .options import DiagnoseOptions, make_folder
 from .prefixes import Chunk, PrefixLogits, plan, sample
@@ -67,9 +66,8 @@ def run_diagnose(
         found, reason = _measured(bars, model, source, trie, options, cost)
         with replacing(options.out) as new:
             with _stage(cost, "whole answers and tables", f"{len(found.nodes):,} prefixes"):
-                order = _order(found, model.vocab_size, options)
                 sequences = sequence_tables(trie, found, options) if found.complete else None
-                write_tables(new, trie, found, order, sequences, options, model.tokenizer)
+                write_tables(new, trie, found, sequences, options, model.tokenizer)
             scored = before if before and before.calibration and is_of(before, source) else None
             facts = RunFacts(
                 model=model_facts(source, model),
@@ -80,7 +78,7 @@ def run_diagnose(
                 versions=versions(),
             )
             write_facts(new, facts)
-    show(facts, trie, found, order, sequences, console)
+    show(facts, trie, found, sequences, console)
     if before and before.task and (not is_of(before, source) or before.task != facts.task):
         console.print(
             f"A run of {before.model.get('name')} on {before.task.get('name')} was in {options.out} and is replaced.",
@@ -205,13 +203,6 @@ def _compute(logits: PrefixLogits, group: list[Chunk], vocab_size: int, options:
     return Record(record.tensors, facts)
 
 
-def _order(found: Results, vocab_size: int, options: DiagnoseOptions) -> Order:
-    return order_from_ranks(
-        found.valid["n_greater"], found.valid["n_equal"], found.sets, counts=found.counts, vocab_size=vocab_size,
-        precision=options.precision,
-    )  # fmt: skip
-
-
 def _identity(
     source: ModelSource, model: LanguageModel, trie: AnswerTrie, options: DiagnoseOptions, wanted: Tensor | None
 ) -> dict[str, Any]:
@@ -225,6 +216,7 @@ def _identity(
         "wanted": None if wanted is None else digest(wanted),
         "temperatures": options.temperatures,
         "rules": [str(rule) for rule in options.rules],
+        "columns": [*ORDER, *SHAPE, *CUTOFFS, *FIT],
         **{name: getattr(options, name) for name in fields},
         "fastcalib": [fastcalib.__version__, resolve("auto", torch.device("cpu"))],
     }

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..answer_trie import AnswerTrie
-from ..diagnostics.order import Order
 from .assemble import Results
 from .tables import RunFacts
 
@@ -18,13 +17,12 @@ def show(
     facts: RunFacts,
     trie: AnswerTrie,
     found: Results,
-    order: Order,
     sequences: dict[str, dict[str, list[Any]]] | None,
     console: Console,
 ) -> None:
     """Means of the order by depth, the best rules for whole answers, and what it took."""
     title = f"{facts.model['name']} on {facts.task['name']}: {facts.task['answers']:,} answers"
-    console.print(_order_by_depth(title, trie, found, order, facts.options["precision"]))
+    console.print(_order_by_depth(title, trie, found, facts.options["precision"]))
     if sequences is not None:
         console.print(_answers(sequences["sequence"]))
     total = sum(entry["seconds"] for entry in facts.cost)
@@ -32,7 +30,7 @@ def show(
     console.print(f"{total:.1f} seconds: {parts}.")
 
 
-def _order_by_depth(title: str, trie: AnswerTrie, found: Results, order: Order, precision: float) -> Table:
+def _order_by_depth(title: str, trie: AnswerTrie, found: Results, precision: float) -> Table:
     table = Table(title=title, caption="means over prefixes; recall weighs a token by the answers below it")
     for name in (
         "depth",
@@ -46,7 +44,8 @@ def _order_by_depth(title: str, trie: AnswerTrie, found: Results, order: Order, 
         table.add_column(name, justify="right")
     depth = trie.depth[found.nodes]
     sizes = found.sets.counts().double()
-    columns = (sizes, order.recall_at_precision, order.r_precision, order.area, order.auroc)
+    measures = ("recall_at_precision", "r_precision", "area", "auroc")
+    columns = (sizes, *(found.rows[f"order_{name}"] for name in measures))
     for d in depth.unique().tolist():
         at = depth == d
         means = [column[at].nanmean().item() for column in columns]
