@@ -160,7 +160,7 @@ def _grid(outcomes: ladder.Outcomes) -> str:
     return f"""\
 The CPU's own tests with the Triton kernels in the emulator, the second half of `make prove`. Left out are float64,
 which the kernels do not take, threads, and what would take hours (the Makefile names it); skipped are bad ids, which
-raise an error on a CPU and give NaN on a GPU:
+raise an error on a CPU and give NaN on a GPU, and what asks for float64 on the way:
 
 {table(["file", "emulator sm_90", "emulator sm_80"], lines)}"""
 
