@@ -2,9 +2,9 @@
 //
 // A block takes some neighbouring segments of one row, all of them where there are rows enough to fill the device:
 // counts then leave it once. At most kFew thresholds are compared with every logit, more are searched for its place.
-// With masses a segment's sums wait in the workspace, in whole numbers of 2^-34 of its
-// largest power, until the row's maximum and normaliser are known. Neither the number of blocks of a row nor the number
-// of thresholds held at a time can change a bit.
+// With masses a segment's sums wait in the workspace, in whole numbers of 2^-34 of its largest power, until the row's
+// maximum and normaliser are known. Neither the number of blocks of a row nor the number of thresholds held at a time
+// can change a bit.
 #include "sweep.cuh"
 
 namespace fastcalib::cuda {
